@@ -1,0 +1,185 @@
+"""A replica: one target model with its engine in one process, generating whole shards.
+
+A plain class; `ray.remote(Replica)` at the call site makes it an actor, with enough concurrency that several shards
+fill the slots together. Knows nothing of the job beyond the shards it is handed.
+"""
+
+import itertools
+import os
+import platform
+import threading
+import time
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from actors.loop import EngineLoop, Outcome
+from actors.parts import PartWriter, finish_shard
+from actors.records import failed_record, generated_record, stats_of
+from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
+from pipeline.assemble import EngineOptions, build_engine
+from pipeline.errors import JobError, RowError
+from pipeline.methods import method_named
+from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
+from pipeline.noise import row_seed
+from pipeline.prompts import encode_messages, encode_prompt
+from pipeline.request import Generation, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    """All a replica must know; `sampling`, `seed`, `dtype` and the model fix the text, the rest only the speed.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        budget: most tree nodes a slot and round; None tunes itself.
+        kv_memory: bytes for keys and values; None takes a share of what is free.
+        num_threads: CPU threads of torch and numba; None leaves their default.
+    """
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    slots: int
+    method: str
+    budget: int | None
+    sampling: SamplingParams
+    seed: int
+    num_samples: int
+    kv_memory: int | None
+    max_context: int | None
+    prefill_chunk: int
+    trust_remote_code: bool
+    replica: int
+    num_threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    row: InputRow
+    sample: int
+    seed: int
+
+
+class Replica:
+    """Generates shards. Call `start` first; `run_shard` may run in several threads at once."""
+
+    def __init__(self, config: ReplicaConfig) -> None:
+        self._config = config
+        self._loop: EngineLoop | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._request_ids = itertools.count()
+        self._stats = ShardStats()
+        self._stats_lock = threading.Lock()
+
+    def start(self) -> ReplicaInfo:
+        """Loads the model and starts the engine.
+
+        Raises:
+            ModelError: the model cannot be loaded or is not supported.
+            ConfigError: the options do not fit the model or the machine.
+        """
+        begin = time.perf_counter()
+        config = self._config
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        method = method_named(config.method)
+        device = _device(config.device)
+        resolved = resolve_model(config.model, config.revision)
+        tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
+        model = load_causal_lm(
+            resolved, getattr(torch, config.dtype), device, trust_remote_code=config.trust_remote_code
+        )
+        options = EngineOptions(config.slots, config.budget, config.kv_memory, config.max_context, config.prefill_chunk)
+        engine = build_engine(model, tokenizer, method, options)
+        self._tokenizer = tokenizer
+        self._loop = EngineLoop(engine)
+        return ReplicaInfo(
+            replica=config.replica,
+            node=platform.node(),
+            pid=os.getpid(),
+            model=resolved.name,
+            device=device,
+            dtype=config.dtype,
+            load_seconds=time.perf_counter() - begin,
+            max_context=engine.max_context,
+            notes=method.lacks,
+        )
+
+    def run_shard(self, task: ShardTask) -> ShardResult:
+        """Generates all rows of a shard and writes its part file; concurrent calls share the slots.
+
+        Raises:
+            JobError: the part file cannot be written, or the engine failed.
+        """
+        begin = time.perf_counter()
+        writer = PartWriter(task.part_path, task.schema)
+        outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        pending: dict[int, _Sample] = {}
+        for row in task.rows:
+            samples = [
+                _Sample(row, k, row_seed(self._config.seed, row.row_index, k)) for k in range(self._config.num_samples)
+            ]
+            failure, prompt_ids = self._encode(row)
+            for sample in samples:
+                if failure is not None:
+                    self._add(writer, sample, failure)
+                    continue
+                request = Request(next(self._request_ids), prompt_ids, self._config.sampling, sample.seed)
+                pending[request.request_id] = sample
+                self._engine_loop.submit(request, outcomes)
+        while pending:
+            outcome = outcomes.get()
+            if isinstance(outcome.result, JobError):
+                raise outcome.result
+            self._add(writer, pending.pop(outcome.request_id), outcome.result)
+        return finish_shard(task, writer, time.perf_counter() - begin)
+
+    def progress(self) -> ShardStats:
+        """Totals of all rows finished since the start."""
+        with self._stats_lock:
+            return self._stats
+
+    def stop(self) -> None:
+        """Ends the engine's thread."""
+        if self._loop is not None:
+            self._loop.stop()
+
+    @property
+    def _engine_loop(self) -> EngineLoop:
+        if self._loop is None:
+            raise JobError("run_shard was called before start.")
+        return self._loop
+
+    def _encode(self, row: InputRow) -> tuple[RowFailure | None, tuple[int, ...]]:
+        """The row's prompt as token ids, or why there are none."""
+        assert self._tokenizer is not None
+        if row.error is not None:
+            return row.error, ()
+        try:
+            if row.messages is not None:
+                return None, encode_messages(self._tokenizer, row.messages)
+            assert row.prompt is not None
+            return None, encode_prompt(self._tokenizer, row.prompt)
+        except RowError as error:
+            return RowFailure(error.error_type, str(error)), ()
+
+    def _add(self, writer: PartWriter, sample: _Sample, result: Generation | RowError | RowFailure) -> None:
+        if isinstance(result, Generation):
+            record = generated_record(sample.row, sample.sample, sample.seed, result)
+        else:
+            failure = RowFailure(result.error_type, str(result)) if isinstance(result, RowError) else result
+            record = failed_record(sample.row, sample.sample, sample.seed, failure)
+        writer.add(record)
+        with self._stats_lock:
+            self._stats += stats_of(record)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name

@@ -1,0 +1,138 @@
+"""Values that travel between the driver and the replicas: rows in, shards, statistics out.
+
+Knows nothing of how a row is read, generated or committed. Everything here is small, immutable and picklable.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """Why a row cannot be generated.
+
+    Attributes:
+        error_type: short stable name for the `error_type` column, e.g. `malformed_json`.
+        message: what was wrong, where, and the remedy, for the `error_message` column.
+    """
+
+    error_type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputRow:
+    """One row of the inputs.
+
+    Attributes:
+        row_index: ordinal over the sorted inputs; with the sample it is the key of an output row.
+        id: the input's own id as a string, else `str(row_index)`; need not be unique.
+        prompt: plain prompt; None if the row has `messages` or is bad.
+        messages: chat messages with `role` and `content`; None if the row has `prompt` or is bad.
+        extra: the input's other columns, passed through.
+        error: set if the row is bad: it becomes an error row and never reaches the engine.
+    """
+
+    row_index: int
+    id: str
+    prompt: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    error: RowFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """A fixed run of input rows, the unit of commit, sent to one replica.
+
+    Attributes:
+        attempt: counts the tries of this shard over the job's whole life; part of the part file's name.
+        part_path: absolute path of the part file to write, under OUTPUT/_tmp.
+        schema: the part file's pyarrow schema, serialised with `pyarrow.Schema.serialize`.
+    """
+
+    shard: int
+    attempt: int
+    rows: tuple[InputRow, ...]
+    part_path: str
+    schema: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStats:
+    """Counts summed over output rows; an output row is one sample of one input row.
+
+    Attributes:
+        rows: output rows, error rows included: `samples_ok + errors`.
+        rounds: verification rounds; drafted, accepted: tree nodes verified and kept.
+        accepted_by_source: `accepted` split by who proposed the token.
+    """
+
+    rows: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rounds_without_draft: int = 0
+    accepted_by_source: Mapping[str, int] = field(default_factory=dict)
+    samples_ok: int = 0
+
+    def __add__(self, other: "ShardStats") -> "ShardStats":
+        total: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in total.items():
+            if name == "accepted_by_source":
+                counts = Counter(value)
+                counts.update(other.accepted_by_source)
+                total[name] = dict(counts)
+            else:
+                total[name] = value + getattr(other, name)
+        return ShardStats(**total)
+
+    @property
+    def tau(self) -> float:
+        """New tokens a verification round, bonus included (design section 2); 0 before the first round."""
+        return (self.output_tokens - self.samples_ok) / self.rounds if self.rounds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """A finished shard: its part file is on disk, synced and readable.
+
+    Attributes:
+        rows, bytes, sha256: of the part file at `path`.
+        seconds: wall time from the task's arrival to the file's completion.
+    """
+
+    shard: int
+    attempt: int
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    stats: ShardStats
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """What a replica says about itself once its model is loaded.
+
+    Attributes:
+        replica: ordinal of the replica in the job.
+        max_context: most tokens a row may have, prompt and output together.
+        notes: one line each, for the user: what the method lacks, which fallback was taken.
+    """
+
+    replica: int
+    node: str
+    pid: int
+    model: str
+    device: str
+    dtype: str
+    load_seconds: float
+    max_context: int
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,95 @@
+"""What stands behind a job: the real model and replicas here, fakes in tests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+
+from jobs.cluster import Placement
+from jobs.config import GenerateConfig
+from jobs.plan import ModelFacts
+
+AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One actor to start.
+
+    Attributes:
+        resolved: dtype and max_context as the plan has them; `auto` until the first replica has decided.
+        concurrency: calls the actor must take at once.
+    """
+
+    config: GenerateConfig
+    placement: Placement
+    method: str
+    resolved: Mapping[str, Any]
+    replica: int
+    concurrency: int
+
+    def actor(self, cls: type, *arguments: Any) -> Any:
+        """Lift a plain replica class to an actor with this launch's resources."""
+        lifted: Any = ray.remote(cls).options(
+            num_cpus=self.placement.num_cpus,
+            num_gpus=self.placement.num_gpus,
+            max_concurrency=self.concurrency,
+            max_restarts=0,
+            max_task_retries=0,
+        )
+        return lifted.remote(*arguments)
+
+
+class Backend(Protocol):
+    """The job's view of models."""
+
+    def facts(self, config: GenerateConfig) -> ModelFacts:
+        """Identity of the target; raises ModelError."""
+
+    def launch(self, launch: Launch) -> Any:
+        """An actor with the methods of `actors.replica.Replica`."""
+
+
+class ModelBackend:
+    """Replicas of a real model. Its imports take seconds and wait until they are needed: fakes need none of them."""
+
+    def facts(self, config: GenerateConfig) -> ModelFacts:
+        """See `Backend.facts`."""
+        from jobs.facts import model_facts
+
+        return model_facts(config)
+
+    def launch(self, launch: Launch) -> Any:
+        """See `Backend.launch`."""
+        from actors.replica import Replica, ReplicaConfig
+
+        config = launch.config
+        # By what is reserved, not by what the process sees: Ray does not hide GPUs from an actor that asked for none.
+        device = "cuda" if launch.placement.num_gpus > 0 else "cpu"
+        dtype = launch.resolved["dtype"]
+        return launch.actor(
+            Replica,
+            ReplicaConfig(
+                model=config.model,
+                revision=config.revision,
+                dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
+                device=device,
+                slots=config.slots,
+                method=launch.method,
+                budget=_or_none(config.budget),
+                sampling=config.sampling(),
+                seed=config.seed,
+                num_samples=config.num_samples,
+                kv_memory=_or_none(config.kv_memory),
+                max_context=_or_none(launch.resolved["max_context"]),
+                prefill_chunk=config.prefill_chunk,
+                trust_remote_code=config.trust_remote_code,
+                replica=launch.replica,
+                num_threads=launch.placement.num_threads,
+            ),
+        )
+
+
+def _or_none(value: Any) -> int | None:
+    return None if value == "auto" else int(value)

@@ -1,0 +1,84 @@
+"""The `rasd` command: finds the subcommand, sets up logging, turns errors into one line and an exit code.
+
+A subcommand is a module with `main(arguments) -> int`, imported only when it is called, so that help is instant.
+Exit codes: 0 done, 1 the job failed, 2 bad input or option, 3 stopped by the error rate, 130/143 stopped by a signal.
+"""
+
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.errors import ConfigError, InputError, ModelError, RasdError
+
+COMMANDS = {
+    "generate": ("jobs.generate", "generate text for a set of prompts, exactly once a row, resumable"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="rasd: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for package in ("jobs", "actors", "pipeline", "datastore"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    try:
+        return _run(words)
+    except (ConfigError, InputError, ModelError) as error:
+        return _fail(error, 2)
+    except RasdError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    match words:
+        case [] | ["-h" | "--help", *_]:
+            print(_help())
+            return 0
+        case ["--version", *_]:
+            print(f"rasd {_version()}")
+            return 0
+        case [name, *rest] if name in COMMANDS:
+            return int(importlib.import_module(COMMANDS[name][0]).main(rest))
+        case [name, *_]:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "rasd --help lists the commands."
+            raise ConfigError(f"unknown command {name!r}; {hint}")
+    raise AssertionError("unreachable")
+
+
+def _help() -> str:
+    lines = [f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: rasd COMMAND [options]",
+            "",
+            "Offline generation over large prompt sets on a Ray cluster, by retrieval-augmented speculative decoding.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "  -h, --help   this text; rasd COMMAND --help tells a command's options",
+            "  --version    the program's version",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return version("rasd")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _fail(error: RasdError, code: int) -> int:
+    print("rasd: error:", " ".join(str(error).split("\n")), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

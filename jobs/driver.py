@@ -1,0 +1,209 @@
+"""The driver's loop: shards out to replicas, part files in, commits; replaces replicas that are lost.
+
+Knows nothing of models, options or how rows are read.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+
+from actors.rows import InputRow, ReplicaInfo, ShardStats, ShardTask
+from jobs.commit import Commit, CommitLog
+from jobs.seats import Event, Finished, Lost, Seat, Started, Work
+from pipeline.errors import JobError
+
+MAX_KILLS = 3
+# Attempts of different runs of the driver must differ: a replica of a dead run may still be writing.
+ATTEMPTS_A_RUN = 1000
+_TICK_SECONDS = 0.5
+_WAITING_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Who is told what happens; may raise to end the job."""
+
+    def started(self, info: ReplicaInfo) -> None:
+        """A replica is ready."""
+
+    def progressed(self, stats: ShardStats) -> None:
+        """Totals of this run, often."""
+
+    def committed(self, commit: Commit) -> None:
+        """A shard is done for good."""
+
+    def should_stop(self) -> bool:
+        """Whether to take no more shards and return."""
+
+
+@dataclass(frozen=True, slots=True)
+class DriverConfig:
+    """How the work is spread.
+
+    Attributes:
+        in_flight: most shards a replica has at a time; more than one, so that its slots stay full between shards.
+        run: ordinal of this run of the driver on its output directory, from 1.
+        schema: of the part files, serialised.
+    """
+
+    num_replicas: int
+    in_flight: int
+    run: int
+    schema: bytes
+
+
+class Driver:
+    """Runs shards until none is left.
+
+    Args:
+        shards: shards to do, with their rows; read lazily.
+        commits: the open commit log.
+        launch: makes the actor of a replica; see `actors.replica.Replica` for its methods.
+    """
+
+    def __init__(
+        self,
+        shards: Iterator[tuple[int, tuple[InputRow, ...]]],
+        commits: CommitLog,
+        launch: Callable[[int], Any],
+        watcher: Watcher,
+        config: DriverConfig,
+    ) -> None:
+        self._shards = shards
+        self._commits = commits
+        self._watcher = watcher
+        self._config = config
+        self._seats = [Seat(replica, launch) for replica in range(config.num_replicas)]
+        self._returned: deque[Work] = deque()
+        self._warn_at = time.monotonic() + _WAITING_SECONDS
+
+    def run(self) -> None:
+        """Commit every shard, or return early when the watcher says so.
+
+        Raises:
+            JobError: replicas cannot be kept alive, or a shard ends every replica that has it.
+            RasdError: whatever a replica or the watcher raised.
+        """
+        try:
+            while not self._watcher.should_stop():
+                self._launch()
+                self._fill()
+                if not self._has_work():
+                    break
+                self._handle_events()
+                self._watcher.progressed(self.stats)
+            # After a signal: what is finished is committed, the rest is generated again by the next run.
+            self._settle_done()
+        finally:
+            for seat in self._seats:
+                seat.stop()
+
+    @property
+    def stats(self) -> ShardStats:
+        """Totals of this run, rows of unfinished shards included."""
+        return sum((seat.stats for seat in self._seats), ShardStats())
+
+    def _has_work(self) -> bool:
+        return bool(self._returned) or any(seat.working for seat in self._seats) or self._peek()
+
+    def _peek(self) -> bool:
+        following = next(self._shards, None)
+        if following is not None:
+            self._returned.append(Work(*following))
+        return following is not None
+
+    def _launch(self) -> None:
+        if all(seat.is_retired for seat in self._seats):
+            raise JobError(
+                "every replica was lost again and again; see the reasons above. Often it is memory: lower --slots,"
+                " --kv-memory or --num-replicas. The same command resumes the job."
+            )
+        for seat in self._seats:
+            seat.launch_if_due()
+        if time.monotonic() > self._warn_at and not any(seat.is_ready for seat in self._seats):
+            self._warn_at = time.monotonic() + _WAITING_SECONDS
+            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            log.info(
+                "no replica is ready yet: they load the model or wait for a place; free are %g CPUs and %g GPUs",
+                *(free.get("CPU", 0), free.get("GPU", 0)),
+            )
+
+    def _fill(self) -> None:
+        for seat in self._seats:
+            while seat.is_ready and len(seat.working) < self._config.in_flight:
+                if any(_is_suspect(work) for work in seat.working.values()):
+                    break
+                work = self._next(is_idle=not seat.working)
+                if work is None:
+                    break
+                self._assign(seat, work)
+
+    def _next(self, *, is_idle: bool) -> Work | None:
+        """The next shard; one that is suspected to end replicas only for an idle seat, where it runs alone."""
+        for _ in range(len(self._returned)):
+            work = self._returned.popleft()
+            if is_idle or not _is_suspect(work):
+                return work
+            self._returned.append(work)
+        following = next(self._shards, None)
+        return None if following is None else Work(*following)
+
+    def _assign(self, seat: Seat, work: Work) -> None:
+        attempt = self._config.run * ATTEMPTS_A_RUN + work.tries
+        task = ShardTask(
+            shard=work.shard,
+            attempt=attempt,
+            rows=work.rows,
+            part_path=str(self._commits.part_path(work.shard, attempt)),
+            schema=self._config.schema,
+        )
+        seat.assign(replace(work, tries=work.tries + 1), task)
+
+    def _handle_events(self) -> None:
+        futures = [future for seat in self._seats for future in seat.futures()]
+        if not futures:
+            time.sleep(_TICK_SECONDS)
+            return
+        ray.wait(futures, timeout=_TICK_SECONDS, fetch_local=False)
+        self._settle_done()
+        for seat in self._seats:
+            seat.poll()
+
+    def _settle_done(self) -> None:
+        for seat in self._seats:
+            futures = seat.futures()
+            done, _ = ray.wait(futures, num_returns=len(futures), timeout=0) if futures else ([], [])
+            for future in done:
+                for event in seat.settle(future):
+                    self._handle(event)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Started(info):
+                self._watcher.started(info)
+            case Finished(result):
+                self._watcher.committed(self._commits.commit(result))
+            case Lost(lost, is_preemption):
+                for work in lost:
+                    self._return(work, is_preemption)
+
+    def _return(self, work: Work, is_preemption: bool) -> None:
+        kills = work.kills + (not is_preemption)
+        if kills >= MAX_KILLS:
+            first, last = work.rows[0], work.rows[-1]
+            raise JobError(
+                f"{kills} replicas were lost while they had shard {work.shard}, rows {first.row_index} to"
+                f" {last.row_index} (ids {first.id!r} to {last.id!r}), the last one with nothing else. Look for a row"
+                " there that needs more memory than a replica has, and remove or shorten it."
+            )
+        self._returned.appendleft(replace(work, kills=kills))
+
+
+def _is_suspect(work: Work) -> bool:
+    return work.kills >= MAX_KILLS - 1

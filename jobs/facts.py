@@ -1,0 +1,76 @@
+"""What the driver must know of the target without loading its weights: identity, and how much memory it will take."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from jobs.backend import AUTO_DTYPE
+from jobs.config import GenerateConfig
+from jobs.plan import ModelFacts
+from pipeline.models import load_config, load_tokenizer, resolve_model, tokenizer_hash
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def model_facts(config: GenerateConfig) -> ModelFacts:
+    """Resolve the target and its tokenizer.
+
+    Raises:
+        ModelError: there is no such model, or its tokenizer cannot be loaded.
+    """
+    resolved = resolve_model(config.model, config.revision)
+    tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
+    template = tokenizer.chat_template
+    return ModelFacts(
+        name=resolved.name,
+        revision=resolved.revision,
+        weights=resolved.hash,
+        tokenizer=tokenizer_hash(tokenizer),
+        chat_template=None if template is None else hashlib.sha256(str(template).encode()).hexdigest(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes one replica needs, before activations.
+
+    Attributes:
+        weights: of all parameters.
+        kv_per_token: of one token in every layer; sliding windows are counted as full attention.
+        kv: of all slots at the longest context.
+    """
+
+    dtype: str
+    max_context: int
+    weights: int
+    kv_per_token: int
+    kv: int
+
+
+def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
+    """Memory of a replica from the model's configuration alone; see `model_facts` for errors."""
+    resolved = resolve_model(config.model, config.revision)
+    model = load_config(resolved, trust_remote_code=config.trust_remote_code)
+    dtype = config.dtype if config.dtype != "auto" else _auto_dtype(config)
+    text: PreTrainedConfig = model.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * _BYTES[dtype]
+    longest = text.max_position_embeddings if config.max_context == "auto" else config.max_context
+    with torch.device("meta"):
+        from_config = AutoModelForCausalLM.from_config
+        shell = from_config(model, trust_remote_code=config.trust_remote_code)  # type: ignore[no-untyped-call]
+    return MemoryEstimate(
+        dtype=dtype,
+        max_context=longest,
+        weights=_BYTES[dtype] * sum(parameter.numel() for parameter in shell.parameters()),
+        kv_per_token=per_token,
+        kv=per_token * longest * config.slots,
+    )
+
+
+def _auto_dtype(config: GenerateConfig) -> str:
+    is_on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return AUTO_DTYPE["cuda" if is_on_gpu else "cpu"]

@@ -1,0 +1,50 @@
+"""Small durable writes on a local or shared file system: whole or absent, and on disk before they are relied on."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actors.parts import fsync
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace `path` by the JSON of `value`; after a crash it holds the old text or the new one."""
+    temporary = _write_beside(path, value)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def create_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Create `path` with the JSON of `value`, never half written.
+
+    Raises:
+        FileExistsError: `path` exists; it is left as it is.
+    """
+    temporary = _write_beside(path, value)
+    try:
+        # A hard link is the POSIX operation that both publishes a complete file and fails if the name is taken.
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+    fsync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`, or None if there is no such file or it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_beside(path: Path, value: Mapping[str, Any]) -> Path:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary

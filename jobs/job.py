@@ -1,0 +1,178 @@
+"""One run of a job's driver: what `rasd generate` does once its options are checked and the lease is held."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from actors.rows import ReplicaInfo, ShardStats
+from jobs.backend import Backend, Launch
+from jobs.cluster import connected, place
+from jobs.commit import Commit, CommitLog
+from jobs.config import GenerateConfig
+from jobs.driver import Driver, DriverConfig
+from jobs.files import write_json
+from jobs.inputs import Inputs
+from jobs.lease import Lease
+from jobs.plan import Plan, bind, plan_record
+from jobs.progress import Progress
+from jobs.report import Clock, error_types, job_record, print_outcome
+from jobs.shards import open_shards
+from jobs.signals import StopSignals
+
+EXIT_ERROR_RATE = 3
+# progress and stop are answered beside the shards.
+_SPARE_CALLS = 2
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """One run of the driver on one output directory; the `Watcher` of its driver.
+
+    Args:
+        lease: of `output`, held.
+    """
+
+    def __init__(
+        self, config: GenerateConfig, backend: Backend, plan: Plan, method: str, output: Path, lease: Lease
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._plan = plan
+        self._method = method
+        self._output = output
+        self._log = CommitLog(output, lease)
+        self._signals = StopSignals()
+        self._commits: dict[int, Commit] = {}
+        self._attempts: list[dict[str, Any]] = []
+        self._run_stats = ShardStats()
+        self._ready_at: float | None = None
+
+    def run(self, inputs: Inputs, attempts: Sequence[Mapping[str, Any]], began: float) -> int:
+        """Do what is left and report; returns the exit code.
+
+        Args:
+            attempts: earlier runs, from plan.json; began: start of this run on the monotonic clock.
+        """
+        self._attempts = [*map(dict, attempts), self._attempt()]
+        self._write_plan()
+        self._commits = self._log.open()
+        resumed = len(self._commits)
+        if resumed:
+            log.info("%d of %d shards are done already", resumed, self._plan.num_shards)
+        if resumed < self._plan.num_shards and not self._exceeds_error_rate():
+            self._drive(inputs)
+        return self._finish(resumed, began)
+
+    def started(self, info: ReplicaInfo) -> None:
+        """See `Watcher`: the first replica fixes what the plan left open."""
+        log.info(
+            "replica %d on %s: %s, %s, %s, up to %d tokens a row, loaded in %.1f s",
+            *(info.replica, info.node, info.model, info.device, info.dtype, info.max_context, info.load_seconds),
+        )
+        for note in info.notes:
+            log.info("replica %d: %s", info.replica, note)
+        self._ready_at = self._ready_at or time.monotonic()
+        bound = bind(self._plan, info)
+        self._attempts[-1].setdefault("replicas", []).append(asdict(info))
+        self._plan = bound
+        self._write_plan()
+
+    def progressed(self, stats: ShardStats) -> None:
+        """See `Watcher`."""
+        self._progress.show(stats)
+
+    def committed(self, commit: Commit) -> None:
+        """See `Watcher`."""
+        self._commits[commit.shard] = commit
+        self._run_stats += commit.stats
+
+    def should_stop(self) -> bool:
+        """See `Watcher`."""
+        return self._signals.received is not None or self._exceeds_error_rate()
+
+    def _exceeds_error_rate(self) -> bool:
+        # Against all rows of the job, so that the order in which shards end does not matter.
+        errors = sum(commit.stats.errors for commit in self._commits.values())
+        return errors > self._config.max_error_rate * self._plan.num_output_rows
+
+    def _drive(self, inputs: Inputs) -> None:
+        done = sum(commit.stats.rows for commit in self._commits.values())
+        rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
+        in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
+        with connected(self._config.ray_address) as nodes, self._signals:
+            placement = place(self._config, nodes)
+            left = self._plan.num_shards - len(self._commits)
+            driver = Driver(
+                shards=open_shards(inputs, self._plan, frozenset(self._commits)),
+                commits=self._log,
+                launch=lambda replica: self._backend.launch(
+                    Launch(
+                        config=self._config,
+                        placement=placement,
+                        method=self._method,
+                        resolved=self._plan.fingerprint,
+                        replica=replica,
+                        concurrency=in_flight + _SPARE_CALLS,
+                    )
+                ),
+                watcher=self,
+                config=DriverConfig(
+                    num_replicas=min(placement.num_replicas, left),
+                    in_flight=in_flight,
+                    run=len(self._attempts),
+                    schema=self._plan.schema.serialize().to_pybytes(),
+                ),
+            )
+            with Progress(self._plan.num_output_rows, done, is_quiet=self._config.quiet) as self._progress:
+                driver.run()
+
+    def _finish(self, resumed: int, began: float) -> int:
+        end = time.monotonic()
+        clock = Clock(total=end - began, generating=end - (self._ready_at or end))
+        is_done = len(self._commits) == self._plan.num_shards
+        if self._exceeds_error_rate():
+            state, code = "error_rate", EXIT_ERROR_RATE
+        elif is_done:
+            state, code = "done", 0
+        else:
+            state, code = "stopped", self._signals.exit_code
+        facts = {
+            "num_shards": self._plan.num_shards,
+            "error_types": error_types(self._output, self._commits.values()),
+            "model": self._config.model,
+            "method": self._method,
+            "dtype": self._plan.fingerprint["dtype"],
+            "output": str(self._output),
+        }
+        record = job_record(state, self._commits, resumed, self._run_stats, clock, facts)
+        write_json(self._output / "report.json", record)
+        if is_done:
+            self._log.finish()
+        print_outcome(record, is_quiet=self._config.quiet)
+        if code == EXIT_ERROR_RATE:
+            log.error(
+                "stopped: %d of %d rows failed, more than --max-error-rate %g; see error_message in the part files",
+                *(record["errors"], self._plan.num_output_rows, self._config.max_error_rate),
+            )
+        elif code:
+            log.warning("stopped by %s; the same command resumes the job", self._signals.received)
+        return code
+
+    def _attempt(self) -> dict[str, Any]:
+        options = ("slots", "budget", "num_replicas", "num_threads", "prefill_chunk", "kv_memory", "device")
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "method": self._method,
+            **{name: getattr(self._config, name) for name in options},
+        }
+
+    def _write_plan(self) -> None:
+        write_json(self._output / "plan.json", plan_record(self._plan, self._config, self._attempts))

@@ -1,0 +1,103 @@
+"""What a job says at its end: report.json, a table for people, and one JSON record as the last line."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from actors.rows import ShardStats
+from jobs.commit import Commit
+
+_TABLE = (
+    ("state", "state"),
+    ("rows", "output rows"),
+    ("ok", "  ok"),
+    ("errors", "  errors"),
+    ("resumed_shards", "shards from earlier runs"),
+    ("seconds", "seconds"),
+    ("generating_seconds", "  of these generating"),
+    ("tokens", "tokens of this run"),
+    ("tokens_per_second", "tokens/s"),
+    ("tau", "tau"),
+    ("method", "method"),
+    ("output", "output"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Seconds of this run: from its start, and of these from when the first replica was ready."""
+
+    total: float
+    generating: float
+
+
+def error_types(output: Path, commits: Iterable[Commit]) -> dict[str, int]:
+    """Committed error rows by type, most frequent first."""
+    counts: Counter[str] = Counter()
+    for commit in commits:
+        if commit.stats.errors:
+            column = pq.read_table(output / commit.file, columns=["error_type"]).column(0)
+            counts.update(value for value in column.to_pylist() if value is not None)
+    return dict(counts.most_common())
+
+
+def job_record(
+    state: str,
+    commits: Mapping[int, Commit],
+    resumed: int,
+    stats: ShardStats,
+    clock: Clock,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The machine-readable outcome.
+
+    Args:
+        state: `done`, `stopped` or `error_rate`.
+        commits: all of the job, by shard; resumed: how many of them earlier runs made.
+        stats: of what this run committed; its speed and tau.
+        clock: speed counts from when the first replica was ready; a model's loading is no decoding.
+        facts: what else to tell: output, model, method and the like.
+    """
+    total = sum((commit.stats for commit in commits.values()), ShardStats())
+    return {
+        "state": state,
+        "rows": total.rows,
+        "ok": total.samples_ok,
+        "errors": total.errors,
+        "shards": len(commits),
+        "resumed_shards": resumed,
+        "seconds": round(clock.total, 3),
+        "generating_seconds": round(clock.generating, 3),
+        "tokens": stats.output_tokens,
+        "tokens_per_second": _rate(stats.output_tokens, clock.generating),
+        "rows_per_second": _rate(stats.rows, clock.generating),
+        "tau": round(stats.tau or total.tau, 4),
+        "accepted_by_source": dict(total.accepted_by_source),
+        **facts,
+    }
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds > 0 else 0.0
+
+
+def print_outcome(record: Mapping[str, Any], *, is_quiet: bool) -> None:
+    """The table, unless quiet, then the record as one line."""
+    if not is_quiet:
+        print_table([(label, record[key]) for key, label in _TABLE if key in record])
+        for kind, count in record.get("error_types", {}).items():
+            print(f"  {count} x {kind}")
+    print(json.dumps(record), flush=True)
+
+
+def print_table(lines: Iterable[tuple[str, Any]]) -> None:
+    """Two columns: label and value."""
+    lines = list(lines)
+    width = max(len(label) for label, _ in lines)
+    for label, value in lines:
+        print(f"{label:<{width}}  {value}")

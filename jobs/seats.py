@@ -1,0 +1,218 @@
+"""A seat: the place of one replica, in which Ray actors come and go.
+
+Turns Ray's futures into events, and knows which exceptions mean that an actor or its node is lost (to be replaced)
+and which mean that the work itself failed (never repeated).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from actors.rows import InputRow, ReplicaInfo, ShardResult, ShardStats, ShardTask
+from pipeline.errors import JobError, RasdError
+
+LOST = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    ObjectLostError,
+    RaySystemError,
+    LocalRayletDiedError,
+)
+MAX_DEATHS = 5
+MAX_BACKOFF_SECONDS = 60.0
+STOP_SECONDS = 5.0
+POLL_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A shard that waits for a replica.
+
+    Attributes:
+        tries: how often it was sent to one before.
+        kills: how many replicas were lost while they had it.
+    """
+
+    shard: int
+    rows: tuple[InputRow, ...]
+    tries: int = 0
+    kills: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The seat's replica has loaded its model."""
+
+    info: ReplicaInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A shard's part file is ready to be committed."""
+
+    result: ShardResult
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The seat's actor is gone, and with it the work it had.
+
+    Attributes:
+        is_preemption: the node was taken away, so that the work is not to blame.
+    """
+
+    work: tuple[Work, ...]
+    is_preemption: bool
+
+
+Event = Started | Finished | Lost
+
+
+class Seat:
+    """One replica for the length of a job.
+
+    Args:
+        replica: its ordinal.
+        launch: makes an actor for that ordinal; called again after each loss.
+    """
+
+    def __init__(self, replica: int, launch: Callable[[int], Any]) -> None:
+        self.replica = replica
+        self.working: dict[Any, Work] = {}
+        self.is_ready = False
+        self._launch = launch
+        self._actor: Any = None
+        self._starting: Any = None
+        self._polling: Any = None
+        self._deaths = 0
+        self._launch_at = 0.0
+        self._poll_at = 0.0
+        self._live = ShardStats()
+        self._settled = ShardStats()
+        self._earlier = ShardStats()
+
+    @property
+    def is_retired(self) -> bool:
+        """Its actors died so often in a row that no other is tried."""
+        return self._deaths > MAX_DEATHS
+
+    @property
+    def stats(self) -> ShardStats:
+        """What this seat has committed, and rows that its actor has finished since."""
+        newest = self._live if self._live.rows > self._settled.rows else self._settled
+        return self._earlier + newest
+
+    def launch_if_due(self) -> None:
+        """Start an actor unless there is one, or it is too soon after a loss."""
+        if self._actor is None and not self.is_retired and time.monotonic() >= self._launch_at:
+            self._actor = self._launch(self.replica)
+            self._starting = self._actor.start.remote()
+
+    def assign(self, work: Work, task: ShardTask) -> None:
+        """Send a shard to the replica, which must be ready."""
+        self.working[self._actor.run_shard.remote(task)] = work
+
+    def poll(self) -> None:
+        """Ask for progress, not too often; the answer arrives with `futures`."""
+        if self.is_ready and self._polling is None and time.monotonic() >= self._poll_at:
+            self._poll_at = time.monotonic() + POLL_SECONDS
+            self._polling = self._actor.progress.remote()
+
+    def futures(self) -> list[Any]:
+        """Everything that this seat waits for."""
+        return [future for future in (self._starting, self._polling, *self.working) if future is not None]
+
+    def settle(self, future: Any) -> Iterator[Event]:
+        """Events of one of its futures that is done; none if the future belongs to an actor lost meanwhile.
+
+        Raises:
+            RasdError: what the replica raised.
+            JobError: the replica failed in a way that is not Ray's.
+        """
+        if future not in self.futures():
+            return
+        try:
+            value = ray.get(future)
+        except RayTaskError as error:
+            raise _reason(error, self.replica) from error
+        except LOST as error:
+            if getattr(error, "actor_init_failed", False):
+                raise _unrunnable(error) from error
+            yield self._lose(error)
+            return
+        except RayError as error:
+            raise _unrunnable(error) from error
+        if future is self._starting:
+            self._starting, self.is_ready = None, True
+            yield Started(value)
+        elif future is self._polling:
+            self._polling, self._live = None, value
+        else:
+            del self.working[future]
+            self._deaths = 0
+            self._settled += value.stats
+            yield Finished(value)
+
+    def stop(self) -> None:
+        """End the replica; an idle one may tidy up first."""
+        if self._actor is None:
+            return
+        if self.is_ready and not self.working:
+            ray.wait([self._actor.stop.remote()], timeout=STOP_SECONDS)
+        ray.kill(self._actor)
+        self._actor = None
+
+    def _lose(self, error: Exception) -> Lost:
+        ray.kill(self._actor)
+        lost = Lost(tuple(self.working.values()), bool(getattr(error, "preempted", False)))
+        self._deaths += 1
+        delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
+        self._launch_at = time.monotonic() + delay
+        log.warning("replica %d is lost (%s); %s", self.replica, _first_line(error), self._outlook(delay))
+        self._actor = self._starting = self._polling = None
+        self.working, self.is_ready = {}, False
+        self._earlier, self._live, self._settled = self._earlier + self._settled, ShardStats(), ShardStats()
+        return lost
+
+    def _outlook(self, delay: float) -> str:
+        if self.is_retired:
+            return f"it was lost {self._deaths} times in a row and is not started again"
+        return f"its {len(self.working)} shards go back, another starts in {delay:.0f} s"
+
+
+def _reason(error: RayTaskError, replica: int) -> RasdError:
+    cause = error.cause
+    if isinstance(cause, RasdError):
+        return cause
+    return JobError(
+        f"replica {replica} failed: {type(cause).__name__}: {cause}. This is a bug; what is committed stays."
+    )
+
+
+def _unrunnable(error: RayError) -> JobError:
+    return JobError(f"Ray cannot run a replica: {error}. Check that every node has this project and its dependencies.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # The first line of Ray's text only says that an actor died; the last one says why.
+    return lines[-1][:200] if lines else type(error).__name__

@@ -1,0 +1,123 @@
+"""From a loaded model to a running engine: KV memory, context length, method, and the step times measured at start."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.acceptance import AcceptanceTable
+from pipeline.budget import StepTimes
+from pipeline.engine import Engine, EngineConfig
+from pipeline.errors import ConfigError
+from pipeline.methods import Method, build
+from pipeline.packing import Run
+from pipeline.pages import PageRun
+from pipeline.target import Target, kv_shape, max_context_of
+from pipeline.tree import EMPTY_TREE
+
+PAGE_SIZE = 32
+_CPU_SHARE = 0.25  # of available memory
+_GPU_SHARE = 0.85
+_TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_MIN_CONTEXT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user may set; none of it changes the text.
+
+    Attributes:
+        num_slots: requests decoded at a time.
+        budget: most tree nodes a slot and round, 0 for none; None chooses by measured step times.
+        kv_memory: bytes for keys and values; None takes what `num_slots` longest sequences need, within a share of
+            what is free.
+        max_context: longest prompt plus output in tokens; None takes the model's.
+        prefill_chunk: most prefill tokens a round.
+    """
+
+    num_slots: int = 16
+    budget: int | None = None
+    kv_memory: int | None = None
+    max_context: int | None = None
+    prefill_chunk: int = 512
+
+
+def build_engine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, options: EngineOptions
+) -> Engine:
+    """An engine for a loaded model.
+
+    Raises:
+        ConfigError: the context asked for is longer than the model's or than KV memory holds.
+        ModelError: the model's architecture is not supported.
+    """
+    max_context = _max_context(model, options.max_context)
+    shape = kv_shape(model)
+    page_bytes = shape.bytes_per_token * PAGE_SIZE
+    wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
+    memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device))
+    num_pages = min(memory, wanted) // page_bytes
+    if num_pages * PAGE_SIZE < max_context + 1:
+        max_context = (num_pages - 1) * PAGE_SIZE
+        if options.max_context is not None or max_context < _MIN_CONTEXT:
+            raise ConfigError(
+                f"--kv-memory gives {memory:,} bytes, room for {max(max_context, 0)} tokens of context; "
+                f"{(options.max_context or _MIN_CONTEXT) + PAGE_SIZE} tokens need "
+                f"{shape.bytes_per_token * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
+                "Raise --kv-memory or lower --max-context."
+            )
+    target = Target(model, num_pages, PAGE_SIZE)
+    acceptance = AcceptanceTable()
+    speculates = bool(method.sources)
+    times = measure_step_times(target) if speculates and options.budget is None else None
+    config = EngineConfig(
+        num_slots=options.num_slots,
+        budget=options.budget if speculates else 0,
+        prefill_chunk=options.prefill_chunk,
+        max_context=max_context,
+    )
+    return Engine(
+        target, tokenizer, eos_token_ids(model, tokenizer), build(method, acceptance), acceptance, config, times
+    )
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a sequence, as `generate` takes them: generation config, else config, else tokenizer."""
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        ids: Any = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
+
+
+def measure_step_times(target: Target) -> StepTimes:
+    """Seconds of a verification pass by its number of rows, from passes over an empty cache; a second on a CPU."""
+    seconds = []
+    for rows in _TIMED_ROWS:
+        pages = PageRun(pages=list(range(-(-rows // PAGE_SIZE))))
+        run = Run(np.zeros(rows, np.int32), EMPTY_TREE, 0, pages, True)
+        best = np.inf
+        for _ in range(4):
+            begin = time.perf_counter()
+            target.forward([run]).logits.argmax(dim=-1).cpu()
+            best = min(best, time.perf_counter() - begin)
+        seconds.append(best)
+    return StepTimes(_TIMED_ROWS, seconds)
+
+
+def _max_context(model: PreTrainedModel, asked: int | None) -> int:
+    longest = max_context_of(model)
+    if asked is not None and asked > longest:
+        raise ConfigError(f"--max-context is {asked}; the model's context is {longest}. Ask for at most that.")
+    return asked or longest
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        return int(free * _GPU_SHARE)
+    return int(psutil.virtual_memory().available * _CPU_SHARE)

@@ -1,0 +1,210 @@
+"""Tree attention over the paged KV pool, registered with transformers as the attention implementation `rasd`.
+
+Two ways to compute the same thing: the numba kernel of `pipeline.cpu_attention`, exactly ragged, for trees and short
+chains on a CPU; and torch's sdpa over gathered pages, for prefill chunks everywhere and for all runs on other devices
+and dtypes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from pipeline import cpu_attention
+from pipeline.errors import ModelError
+from pipeline.kv_cache import PagedCache
+from pipeline.packing import PackedRow
+
+IMPLEMENTATION = "rasd"
+LONG_CHAIN = 24  # chains at least this long go to sdpa, whose matrix products win there (benchmarks in docs/LOG.md)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionContext:
+    """What the attention function needs beyond its tensors; travels as the model's keyword argument `packed`."""
+
+    row: PackedRow
+    cache: PagedCache
+
+
+def rasd_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, H, T, D]
+    key: torch.Tensor,  # [1, K, T, D], already in the cache
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packed: AttentionContext,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer for a packed row, [1, T, H, D]; the signature is transformers' `AttentionInterface`."""
+    if s_aux is not None:
+        raise ModelError(
+            f"{type(module).__name__} uses attention sinks, which are not supported; choose another target."
+        )
+    row, cache = packed.row, packed.cache
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    keys, values = cache.keys[layer], cache.values[layer]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q = query[0].transpose(0, 1)  # [T, H, D]
+    num_runs = len(row.cached)
+    num_short = row.num_short if cpu_attention.is_available() and _has_kernel(q) else 0
+    parts: list[torch.Tensor] = []
+    if num_short:
+        batch = _kernel_batch(row)
+        rows = q[: row.starts[num_short]]
+        parts.append(
+            cpu_attention.attend(rows, keys, values, batch, scale=scale, sliding_window=sliding_window, softcap=softcap)
+        )
+    elif row.num_short:
+        parts.append(_gathered(q, keys, values, row, (0, row.num_short), scale, sliding_window, softcap))
+    for i in range(row.num_short, num_runs):
+        parts.append(_gathered(q, keys, values, row, (i, i + 1), scale, sliding_window, softcap))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+AttentionInterface.register(IMPLEMENTATION, rasd_attention)
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
+
+
+def _kernel_batch(row: PackedRow) -> cpu_attention.AttentionBatch:
+    batch = row.scratch.get("kernel")
+    if not isinstance(batch, cpu_attention.AttentionBatch):
+        n = row.num_short
+        batch = cpu_attention.AttentionBatch(
+            starts=row.starts[: n + 1],
+            cached=row.cached[:n],
+            block_table=row.block_table[:n],
+            positions=row.positions[: row.starts[n]],
+            mask=row.mask,
+            mask_starts=row.mask_starts[:n],
+        )
+        row.scratch["kernel"] = batch
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Runs computed together, padded to the longest; derived once a round.
+
+    Attributes:
+        pages: [S, B] int64 pages to gather.
+        num_keys: longest cached + run length.
+        query_index: [S, N] int64 packed rows, padding repeats the run's first node.
+        output_index: [T of the group] int64 places of the real nodes in the flattened [S * N].
+        visible: [S, 1, N, num_keys] bool, or None where causal attention from position 0 says the same.
+    """
+
+    pages: torch.Tensor
+    num_keys: int
+    query_index: torch.Tensor
+    output_index: torch.Tensor
+    visible: torch.Tensor | None
+
+
+def _group(row: PackedRow, span: tuple[int, int], window: int | None, device: torch.device) -> _Group:
+    cached_group = row.scratch.get((span, window))
+    if isinstance(cached_group, _Group):
+        return cached_group
+    runs = range(*span)
+    lengths = np.diff(row.starts)[span[0] : span[1]]
+    cached = row.cached[span[0] : span[1]]
+    width, num_keys = int(lengths.max()), int((cached + lengths).max())
+    page_count = -(-num_keys // row.page_size)
+    column = np.arange(width)
+    real = column[None, :] < lengths[:, None]
+    query_index = np.where(real, row.starts[span[0] : span[1], None] + column, row.starts[span[0] : span[1], None])
+    visible: torch.Tensor | None = None
+    if len(runs) > 1 or cached[0] > 0 or row.mask_starts[span[0]] >= 0 or (window is not None and num_keys > window):
+        blocks = np.zeros((len(runs), 1, width, num_keys), np.bool_)
+        for block, s in zip(blocks, runs, strict=True):
+            _fill_visible(block[0], row, s, window)
+        visible = torch.from_numpy(blocks).to(device)
+    group = _Group(
+        pages=torch.from_numpy(row.block_table[span[0] : span[1], :page_count].astype(np.int64)).to(device),
+        num_keys=num_keys,
+        query_index=torch.from_numpy(query_index).to(device),
+        output_index=torch.from_numpy(np.flatnonzero(real.ravel())).to(device),
+        visible=visible,
+    )
+    row.scratch[(span, window)] = group
+    return group
+
+
+def _fill_visible(block: np.ndarray, row: PackedRow, s: int, window: int | None) -> None:
+    """Marks in `block`, [N, L], what each node of run `s` may see; padding nodes see the first key, to stay finite."""
+    begin, end = row.starts[s], row.starts[s + 1]
+    n, cached = end - begin, row.cached[s]
+    block[:, 0] = True
+    block[:n, :cached] = True
+    start = row.mask_starts[s]
+    inside = np.tri(n, dtype=np.bool_) if start < 0 else row.mask[start : start + n * n].reshape(n, n)
+    block[:n, cached : cached + n] = inside
+    if window is not None:
+        positions = row.positions[begin:end]
+        key_positions = np.concatenate([np.arange(cached, dtype=np.int32), positions])
+        block[:n, : cached + n] &= positions[:, None] - key_positions[None, :] < window
+
+
+def _gathered(
+    q: torch.Tensor,  # [T, H, D]
+    keys: torch.Tensor,  # [P, K, page, D]
+    values: torch.Tensor,
+    row: PackedRow,
+    span: tuple[int, int],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention by sdpa over gathered pages for the runs `span`, [T of those runs, H, D].
+
+    The query heads of one KV head fold into rows, so keys and values are not repeated.
+    """
+    group = _group(row, span, window, q.device)
+    num_runs, width = group.query_index.shape
+    num_heads, head_dim = q.shape[1:]
+    num_kv = keys.shape[1]
+    fold = num_heads // num_kv
+
+    def gather(pool: torch.Tensor) -> torch.Tensor:
+        pages = pool[group.pages].transpose(1, 2)  # [S, K, B, page, D]
+        return pages.reshape(num_runs, num_kv, -1, head_dim)[:, :, : group.num_keys]
+
+    k, v = gather(keys), gather(values)
+    rows = q[group.query_index].view(num_runs, width, num_kv, fold, head_dim)
+    if group.visible is None and softcap is None:
+        heads = rows.permute(0, 2, 3, 1, 4).reshape(num_runs, num_heads, width, head_dim)
+        out = F.scaled_dot_product_attention(heads, k, v, is_causal=True, scale=scale, enable_gqa=fold > 1)
+        out = out.view(num_runs, num_kv, fold, width, head_dim)
+    else:
+        visible = _visible_or_causal(group, width, q.device)
+        heads = rows.permute(0, 2, 3, 1, 4).reshape(num_runs, num_kv, fold * width, head_dim)
+        mask = visible.repeat(1, 1, fold, 1)
+        out = _masked(heads, k, v, mask, scale, softcap).view(num_runs, num_kv, fold, width, head_dim)
+    flat = out.permute(0, 3, 1, 2, 4).reshape(num_runs * width, num_heads, head_dim)
+    return flat[group.output_index]
+
+
+def _visible_or_causal(group: _Group, width: int, device: torch.device) -> torch.Tensor:
+    if group.visible is not None:
+        return group.visible
+    return torch.ones((1, 1, width, group.num_keys), dtype=torch.bool, device=device).tril()
+
+
+def _masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v

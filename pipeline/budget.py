@@ -1,0 +1,75 @@
+"""How many tree nodes a round verifies: the set with the most expected tokens a second, over all slots of the batch.
+
+A node's value is the probability that it is accepted; a round of T rows takes the measured time t(T). Values fall
+along every path, so the n best nodes of all trees are always whole trees, and the best n is found by trying every n.
+It can be 0.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.tree import TokenTree, path_values, prune
+
+_GRID = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512])
+_SMOOTHING = 0.05
+
+
+class StepTimes:
+    """Measured seconds of a forward pass of T rows, by interpolation over a grid; refined by every round.
+
+    Args:
+        rows: measured row counts, ascending.
+        seconds: their times; beyond the last the slope of the last two goes on.
+    """
+
+    def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
+        known = np.maximum.accumulate(np.asarray(seconds, np.float64))
+        slope = (known[-1] - known[-2]) / (rows[-1] - rows[-2]) if len(rows) > 1 else known[-1] / rows[-1]
+        self._seconds = np.interp(_GRID, rows, known) + slope * np.maximum(_GRID - rows[-1], 0)
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learns from one round; a round far off the estimate (a paused machine) counts as twice that at most."""
+        expected = float(self(np.array([rows]))[0])
+        change = _SMOOTHING * (min(seconds, 2 * expected) / expected - 1.0)
+        nearness = np.clip(1.0 - np.abs(np.log2(_GRID / rows)), 0.0, 1.0)
+        self._seconds = np.maximum.accumulate(self._seconds * (1.0 + change * nearness))
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Seconds for each row count, [n] int -> [n] float64."""
+        slope = (self._seconds[-1] - self._seconds[-2]) / (_GRID[-1] - _GRID[-2])
+        seconds: np.ndarray = np.interp(rows, _GRID, self._seconds) + slope * np.maximum(rows - _GRID[-1], 0)
+        return seconds
+
+
+def select(
+    trees: Sequence[TokenTree], budget: int | None, times: StepTimes | None, other_rows: int = 0
+) -> list[TokenTree]:
+    """The nodes of each tree that this round verifies.
+
+    Args:
+        trees: one a decoding slot.
+        budget: most nodes of each slot; None maximises expected tokens a second by `times`.
+        times: step-time model, needed without a budget.
+        other_rows: rows this round computes anyway besides the decoding slots' roots (prefill).
+    """
+    values = [path_values(tree.parents, tree.scores) for tree in trees]
+    if budget is not None:
+        return [_best(tree, value, budget) for tree, value in zip(trees, values, strict=True)]
+    assert times is not None
+    if not any(len(tree) for tree in trees):
+        return list(trees)
+    ranked = np.sort(np.concatenate(values))[::-1]
+    nodes = np.arange(len(ranked) + 1)
+    tokens = len(trees) + np.concatenate([[0.0], np.cumsum(ranked)])
+    best = int(np.argmax(tokens / times(other_rows + len(trees) + nodes)))
+    threshold = ranked[best - 1] if best else np.inf
+    return [prune(tree, value >= threshold) for tree, value in zip(trees, values, strict=True)]
+
+
+def _best(tree: TokenTree, values: np.ndarray, budget: int) -> TokenTree:
+    if len(tree) <= budget:
+        return tree
+    keep = np.zeros(len(tree), np.bool_)
+    keep[np.argsort(-values, kind="stable")[:budget]] = True
+    return prune(tree, keep)

@@ -1,0 +1,177 @@
+"""Context lookup: what followed the last tokens earlier in this prompt and output, as a tree of several candidates.
+
+A hash chain per slot links the earlier places of every bigram; a lookup follows at most `_MAX_LINKS` of them,
+measures how far each matches backwards and merges what followed into a counted trie. After prompt lookup decoding
+(Saxena 2023), with all matches instead of one and a length that follows the estimated acceptance.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from pipeline.acceptance import MAX_MATCH, AcceptanceTable
+from pipeline.proposal import SlotView
+from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, prune
+
+_MAX_LINKS = 256
+_MAX_UNIGRAM_LINKS = 8
+_MAX_CANDIDATES = 12
+_MAX_NODES = 96
+_MAX_DEPTH = 24
+_BACK_OFF = 0.25  # weight of a match one token shorter than the longest
+_MIN_VALUE = 0.02  # paths less likely than this are not worth carrying to the selection
+_SOURCE = SOURCES.index("context")
+
+
+class _SlotIndex:
+    """Growing token buffer with bigram and unigram chains: `links[0 or 1, i]` is the previous place with the same
+    key, or -1."""
+
+    __slots__ = ("heads", "length", "links", "tokens")
+
+    def __init__(self, capacity: int) -> None:
+        capacity = 1 << max(8, (capacity - 1).bit_length())
+        self.tokens = np.empty(capacity, np.int32)
+        self.links = np.empty((2, capacity), np.int32)
+        self.heads = np.full((2, capacity), -1, np.int32)
+        self.length = 0
+
+    def extend(self, tokens: np.ndarray) -> None:
+        if self.length + len(tokens) > len(self.tokens):
+            grown = _SlotIndex(2 * (self.length + len(tokens)))
+            grown.extend(self.tokens[: self.length])
+            self.tokens, self.links, self.heads = grown.tokens, grown.links, grown.heads
+        self.tokens[self.length : self.length + len(tokens)] = tokens
+        _link(self.tokens, self.links, self.heads, self.length, self.length + len(tokens))
+        self.length += len(tokens)
+
+
+class ContextRetriever:
+    """The source `context`: one index a slot, in this process, microseconds a lookup."""
+
+    def __init__(self, acceptance: AcceptanceTable) -> None:
+        self._acceptance = acceptance
+        self._slots: dict[int, _SlotIndex] = {}
+
+    def admit(self, slot: int, tokens: np.ndarray) -> None:
+        index = _SlotIndex(2 * len(tokens))
+        index.extend(tokens)
+        self._slots[slot] = index
+
+    def extend(self, slot: int, tokens: np.ndarray) -> None:
+        self._slots[slot].extend(tokens)
+
+    def release(self, slot: int) -> None:
+        del self._slots[slot]
+
+    def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
+        return [self._lookup(self._slots[view.slot], view.max_depth) for view in views]
+
+    def _lookup(self, index: _SlotIndex, max_depth: int) -> TokenTree:
+        if max_depth < 1 or index.length < 2:
+            return EMPTY_TREE
+        tokens, parents, weights, matches = _candidates(
+            index.tokens, index.links, index.length, min(max_depth, _MAX_DEPTH)
+        )
+        if len(tokens) == 0:
+            return EMPTY_TREE
+        scores, keep = _score(parents, weights, matches, self._acceptance.rates)
+        return prune(TokenTree(tokens, parents, scores, np.full(len(tokens), _SOURCE, np.int8), matches), keep)
+
+
+@njit(cache=True, nogil=True)
+def _link(tokens: np.ndarray, links: np.ndarray, heads: np.ndarray, begin: int, end: int) -> None:
+    """Adds places begin..end to the chains. Keys share buckets by hash; a lookup compares tokens."""
+    mask = np.uint32(heads.shape[1] - 1)
+    for i in range(begin, end):
+        single = np.uint32(tokens[i]) * np.uint32(2654435761)
+        pair = (single ^ (np.uint32(tokens[i - 1]) * np.uint32(2246822519))) if i else single
+        for row, key in ((0, pair), (1, single)):
+            bucket = (key ^ (key >> np.uint32(15))) & mask
+            links[row, i] = heads[row, bucket]
+            heads[row, bucket] = i
+
+
+@njit(cache=True, nogil=True)
+def _matches_of(tokens: np.ndarray, links: np.ndarray, length: int, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places whose last `order` tokens equal the context's, most recent first, and how far each matches backwards."""
+    last = length - 1
+    places = np.empty(_MAX_LINKS, np.int32)
+    lengths = np.empty(_MAX_LINKS, np.int32)
+    found = 0
+    place = links[2 - order, last]
+    for _ in range(_MAX_LINKS if order == 2 else _MAX_UNIGRAM_LINKS):
+        if place < 0:
+            break
+        match = 0
+        while match < MAX_MATCH and match <= place and tokens[place - match] == tokens[last - match]:
+            match += 1
+        if match >= order:
+            places[found] = place
+            lengths[found] = match
+            found += 1
+        place = links[2 - order, place]
+    return places[:found], lengths[:found]
+
+
+@njit(cache=True, nogil=True)
+def _candidates(
+    context: np.ndarray, links: np.ndarray, length: int, max_depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Trie of what followed the best matches: tokens, parents, weights, match lengths, [N] each."""
+    places, lengths = _matches_of(context, links, length, 2)
+    if len(places) == 0:
+        places, lengths = _matches_of(context, links, length, 1)
+    tokens = np.empty(_MAX_NODES, np.int32)
+    parents = np.empty(_MAX_NODES, np.int32)
+    weights = np.zeros(_MAX_NODES, np.float32)
+    matches = np.zeros(_MAX_NODES, np.int16)
+    size = 0
+    longest = lengths.max() if len(lengths) else 0
+    taken = 0
+    for wanted in range(longest, 0, -1):
+        for k in range(len(places)):
+            if lengths[k] != wanted or taken == _MAX_CANDIDATES:
+                continue
+            taken += 1
+            weight = np.float32(_BACK_OFF ** min(longest - wanted, 8))
+            node = -1
+            for depth in range(min(max_depth, length - 1 - places[k])):
+                token = context[places[k] + 1 + depth]
+                child = -1
+                for j in range(node + 1, size):
+                    if parents[j] == node and tokens[j] == token:
+                        child = j
+                        break
+                if child < 0:
+                    if size == _MAX_NODES:
+                        break
+                    child = size
+                    size += 1
+                    tokens[child] = token
+                    parents[child] = node
+                weights[child] += weight
+                matches[child] = max(matches[child], min(wanted + depth, MAX_MATCH))
+                node = child
+    return tokens[:size], parents[:size], weights[:size], matches[:size]
+
+
+@njit(cache=True, nogil=True)
+def _score(
+    parents: np.ndarray, weights: np.ndarray, matches: np.ndarray, rates: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """p(accepted | parent accepted) of each node, and which nodes lie on paths worth keeping."""
+    n = len(parents)
+    total = np.zeros(n + 1, np.float32)
+    longest = np.zeros(n + 1, np.int16)
+    for i in range(n):
+        total[parents[i] + 1] += weights[i]
+        longest[parents[i] + 1] = max(longest[parents[i] + 1], matches[i])
+    scores = np.empty(n, np.float32)
+    values = np.empty(n, np.float32)
+    for i in range(n):
+        group = parents[i] + 1
+        scores[i] = rates[longest[group]] * weights[i] / total[group]
+        values[i] = scores[i] * (values[parents[i]] if parents[i] >= 0 else np.float32(1.0))
+    return scores, values >= _MIN_VALUE

@@ -1,0 +1,205 @@
+"""The engine: continuous batching of requests through rounds of draft, retrieve, fuse, verify, commit.
+
+One loop for every method. Plain decoding is the null drafter without retrievers. Knows nothing of files, rows or
+clusters.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.acceptance import AcceptanceTable
+from pipeline.budget import StepTimes, select
+from pipeline.errors import RowError
+from pipeline.methods import Proposers
+from pipeline.pages import PagePool
+from pipeline.proposal import SlotView
+from pipeline.request import Generation, Request
+from pipeline.sampling import Choices, choose
+from pipeline.scheduler import Scheduler, Work
+from pipeline.slots import Slot
+from pipeline.stopping import Decoder, StopCheck
+from pipeline.target import Forward, Target
+from pipeline.tree import TokenTree, fuse
+from pipeline.verify import walk
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the engine works; none of it changes the text.
+
+    Attributes:
+        num_slots: requests decoded at a time.
+        budget: most tree nodes a slot and round; None chooses by measured step times.
+        prefill_chunk: most prefill tokens a round.
+        max_context: longest prompt plus output, in tokens.
+    """
+
+    num_slots: int
+    budget: int | None
+    prefill_chunk: int
+    max_context: int
+
+
+class Engine:
+    """Generates for any number of requests; `step` runs one round.
+
+    Args:
+        target: the model over its KV pool.
+        decoder: the target's tokenizer, for text and stop strings.
+        eos_ids: token ids that end a sequence.
+        proposers: drafter and retrievers of the method.
+        acceptance: what retrieval scores are read from and learned into.
+        times: step times for `budget=None`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        decoder: Decoder,
+        eos_ids: Iterable[int],
+        proposers: Proposers,
+        acceptance: AcceptanceTable,
+        config: EngineConfig,
+        times: StepTimes | None = None,
+    ) -> None:
+        self._target = target
+        self._decoder = decoder
+        self._eos_ids = frozenset(eos_ids)
+        self._drafter = proposers.drafter
+        self._retrievers = proposers.retrievers
+        self._acceptance = acceptance
+        self._config = config
+        self._times = times
+        pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
+        self._scheduler = Scheduler(config.num_slots, pool, config.prefill_chunk, proposers.retrievers)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def max_context(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self._config.max_context
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            RowError: the prompt is empty, holds ids outside the vocabulary, or leaves no room for an output token.
+        """
+        num_prompt = len(request.prompt_ids)
+        if num_prompt == 0:
+            raise RowError("empty_prompt", "The prompt has no tokens; give it some text.")
+        if num_prompt >= self._config.max_context:
+            raise RowError(
+                "prompt_too_long",
+                f"The prompt has {num_prompt} tokens; the context holds {self._config.max_context} with at least one "
+                "output token. Shorten the prompt, or raise --max-context or --kv-memory if the model allows.",
+            )
+        max_new_tokens = min(request.params.max_new_tokens, self._config.max_context - num_prompt)
+        stop = StopCheck(request.params, max_new_tokens, self._eos_ids, self._decoder)
+        self._scheduler.submit(Slot.of(request, stop))
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
+        """Runs requests to their ends; yields each as it finishes."""
+        for request in requests:
+            self.submit(request)
+        while self.has_work:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        """One round over all slots; returns the requests it finished."""
+        self._scheduler.admit()
+        decoding = self._scheduler.decoding()
+        views = [self._view(slot) for slot in decoding]
+        draft = self._drafter.draft(views)
+        retrieved = [retriever.lookup(views) for retriever in self._retrievers]
+        fused = [fuse(trees) for trees in zip(draft.trees, *retrieved, strict=True)]
+        trees = select(fused, self._config.budget, self._times)
+        work = self._scheduler.plan({slot.number: tree for slot, tree in zip(decoding, trees, strict=True)})
+        forward, choices = self._verify(work)
+        return self._commit(work, forward, choices)
+
+    def _view(self, slot: Slot) -> SlotView:
+        return SlotView(slot.number, slot.known, slot.stop.max_new_tokens - slot.num_output - 1)
+
+    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+        """One target forward pass over all runs and the target's choice after every node; times itself."""
+        begin = time.perf_counter()
+        forward = self._target.forward([item.run for item in work])
+        choices = self._choose(work, forward)
+        if self._times is not None and all(len(item.run.known) == 1 for item in work):
+            self._times.observe(sum(len(item.run) for item in work), time.perf_counter() - begin)
+        return forward, choices
+
+    def _choose(self, work: Sequence[Work], forward: Forward) -> Choices:
+        rows = [None] * forward.logits.shape[0]
+        for item, begin in zip(work, forward.begin, strict=True):
+            if begin >= 0:
+                choice_rows = item.slot.choice_rows(item.run.tree)
+                rows[begin : begin + len(choice_rows)] = choice_rows  # type: ignore[assignment]
+        return choose(forward.logits, rows)  # type: ignore[arg-type]
+
+    def _commit(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[Generation]:
+        """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
+        finished: list[Generation] = []
+        moves: list[tuple[np.ndarray, np.ndarray]] = []
+        for item, begin in zip(work, forward.begin, strict=True):
+            slot, run = item.slot, item.run
+            if begin < 0:
+                slot.cached += len(run.known)
+            else:
+                accepted = self._emit(slot, run.tree, choices, begin)
+                moves.append(self._keep(slot, run.cached + len(run.known), accepted))
+                slot.cached += len(run.known) + len(accepted)
+            self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
+        self._move(moves)
+        for item in work:
+            if item.slot.finish_reason is not None:
+                self._scheduler.finish(item.slot)
+                finished.append(item.slot.generation())
+        return finished
+
+    def _emit(self, slot: Slot, tree: TokenTree, choices: Choices, begin: int) -> np.ndarray:
+        """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A]."""
+        is_round = slot.num_output > 0
+        token_ids = choices.token_ids[begin : begin + len(tree) + 1]
+        accepted = walk(tree.tokens, tree.parents, token_ids)
+        length = slot.length
+        for row in [0, *(accepted + 1).tolist()]:
+            logprob = None if choices.logprobs is None else float(choices.logprobs[begin + row])
+            slot.append(int(token_ids[row]), logprob)
+            if slot.finish_reason is not None:
+                break
+        kept = accepted[: slot.length - length]
+        if is_round:
+            slot.count_round(tree, kept)
+            self._acceptance.observe(tree, accepted)
+        for retriever in self._retrievers:
+            retriever.extend(slot.number, slot.tokens[length : slot.length])
+        return kept[: slot.length - length - 1] if slot.finish_reason is None else kept[:0]
+
+    def _keep(self, slot: Slot, root_end: int, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where accepted nodes lie in the cache and where they belong, as token indices of the pool, [A] each."""
+        pages = np.asarray(slot.pages.pages)
+        size = self._target.cache.page_size
+
+        def place(index: np.ndarray) -> np.ndarray:
+            index = pages[index // size] * size + index % size
+            return index
+
+        target = np.arange(len(accepted))
+        moved = accepted != target
+        return place(root_end + accepted[moved].astype(np.int64)), place(root_end + target[moved])
+
+    def _move(self, moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        if moves and sum(len(source) for source, _ in moves):
+            source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self._target.device)
+            target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self._target.device)
+            self._target.cache.move(source, target)

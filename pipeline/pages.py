@@ -1,0 +1,143 @@
+"""Which page of the KV pool belongs to whom: allocation, sharing of common prefixes, eviction. No tensors here.
+
+A page holds `page_size` consecutive tokens of one sequence. A page whose tokens are all committed is *published*
+under (the page before it, its tokens); any sequence that continues a published chain with the same tokens shares the
+page instead of computing it. A page nobody uses stays published until its memory is needed, oldest first, ends before
+beginnings. Keys compare tokens themselves, so a hash collision cannot mix sequences up.
+Source: paged attention (Kwon et al., arXiv 2309.06180) with vLLM's prefix caching.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+ChainKey = tuple[int, bytes]
+_ROOT_CHAIN = 0
+
+
+@dataclass(slots=True)
+class PageRun:
+    """The pages of one sequence, in order.
+
+    Attributes:
+        pages: page ids; token i lies in `pages[i // page_size]`.
+        num_published: leading pages whose content is known to the pool (shared, or published by this run).
+        chain: identity of the content of those leading pages.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    num_published: int = 0
+    chain: int = _ROOT_CHAIN
+
+
+class PagePool:
+    """Bookkeeping for `num_pages` pages of `page_size` tokens."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._users = [0] * num_pages
+        self._idle: OrderedDict[int, None] = OrderedDict((page, None) for page in range(num_pages))
+        self._published: dict[ChainKey, tuple[int, int]] = {}  # key -> (page, chain id)
+        self._key_of: dict[int, ChainKey] = {}
+        self._chain_ids = count(_ROOT_CHAIN + 1)
+
+    @property
+    def num_idle(self) -> int:
+        """Pages that can be had now: never used, or published and unused."""
+        return len(self._idle)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens need."""
+        return -(-num_tokens // self.page_size)
+
+    def grow(self, run: PageRun, num_tokens: int) -> bool:
+        """Gives `run` room for `num_tokens` tokens in all; False, and no change, if the pool has too few idle pages."""
+        missing = self.pages_for(num_tokens) - len(run.pages)
+        if missing > len(self._idle):
+            return False
+        for _ in range(missing):
+            page, _none = self._idle.popitem(last=False)
+            self._forget(page)
+            self._users[page] = 1
+            run.pages.append(page)
+        return True
+
+    def share(self, run: PageRun, tokens: np.ndarray, num_cached: int) -> int:
+        """Attaches published pages that continue `run`, leaving at least the last token to be computed.
+
+        Args:
+            run: holds `num_cached` tokens; nothing is shared unless those end at the last published page.
+            tokens: [L] int32, the whole known sequence.
+
+        Returns:
+            Tokens cached afterwards.
+        """
+        size = self.page_size
+        if num_cached != run.num_published * size:
+            return num_cached
+        while num_cached + size < len(tokens):
+            hit = self._published.get((run.chain, tokens[num_cached : num_cached + size].tobytes()))
+            if hit is None:
+                break
+            page, chain = hit
+            for spare in run.pages[run.num_published :]:  # room grown for tokens that need no computing now
+                self._release_page(spare)
+            del run.pages[run.num_published :]
+            self._users[page] += 1
+            self._idle.pop(page, None)
+            run.pages.append(page)
+            run.num_published += 1
+            run.chain = chain
+            num_cached += size
+        return num_cached
+
+    def next_key(self, run: PageRun, tokens: np.ndarray) -> ChainKey | None:
+        """Key of the first page of `run` that is not published yet; None if `tokens` do not fill it."""
+        begin = run.num_published * self.page_size
+        end = begin + self.page_size
+        return (run.chain, tokens[begin:end].tobytes()) if end <= len(tokens) else None
+
+    def publish(self, run: PageRun, tokens: np.ndarray) -> None:
+        """Publishes every page of `run` filled by the committed `tokens` ([L] int32)."""
+        while (key := self.next_key(run, tokens)) is not None:
+            page = run.pages[run.num_published]
+            hit = self._published.get(key)
+            if hit is None:
+                hit = (page, next(self._chain_ids))
+                self._published[key] = hit
+                self._key_of[page] = key
+            run.num_published += 1
+            run.chain = hit[1]
+
+    def release(self, run: PageRun) -> None:
+        """Gives all pages back; published ones stay findable until their memory is needed."""
+        for page in reversed(run.pages):
+            self._release_page(page)
+        run.pages.clear()
+        run.num_published = 0
+        run.chain = _ROOT_CHAIN
+
+    def _release_page(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page] == 0:
+            self._idle[page] = None
+            if page not in self._key_of:
+                self._idle.move_to_end(page, last=False)
+
+    def _forget(self, page: int) -> None:
+        key = self._key_of.pop(page, None)
+        if key is not None:
+            del self._published[key]
+
+
+def block_table(runs: Sequence[PageRun]) -> np.ndarray:
+    """[S, B] int32 page ids, padded with 0."""
+    width = max((len(run.pages) for run in runs), default=0)
+    table = np.zeros((len(runs), width), np.int32)
+    for row, run in zip(table, runs, strict=True):
+        row[: len(run.pages)] = run.pages
+    return table

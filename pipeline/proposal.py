@@ -1,0 +1,78 @@
+"""Who proposes tokens: the two protocols every drafter and retriever implements, and the drafter that drafts nothing.
+
+Both see the same views of the slots that decode in this round and return one tree a view. An empty draft is an empty
+tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipeline.tree import EMPTY_TREE, TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class SlotView:
+    """What a proposer may know of a slot.
+
+    Attributes:
+        slot: number of the slot, stable from `admit` to `release`.
+        tokens: [L] int32 all known tokens; the last is the root. A view: valid in this round only.
+        max_depth: deepest node that can still be of use.
+    """
+
+    slot: int
+    tokens: np.ndarray
+    max_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A drafter's proposals.
+
+    Attributes:
+        trees: one a view.
+        root_logprobs: [S, V] the draft model's distribution after each root, which prunes retrieved trees; None
+            without a model.
+    """
+
+    trees: Sequence[TokenTree]
+    root_logprobs: torch.Tensor | None = None
+
+
+class Drafter(Protocol):
+    """Proposes from a model."""
+
+    def draft(self, views: Sequence[SlotView]) -> Draft:
+        """One tree for each view."""
+        ...
+
+
+class Retriever(Protocol):
+    """Proposes from text seen before. `admit`, `extend` and `release` keep it in step with the slots."""
+
+    def admit(self, slot: int, tokens: np.ndarray) -> None:
+        """A request with these known tokens, [L] int32, took the slot."""
+        ...
+
+    def extend(self, slot: int, tokens: np.ndarray) -> None:
+        """The slot's output grew by these tokens, [n] int32."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The slot's request is gone."""
+        ...
+
+    def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
+        """One tree for each view."""
+        ...
+
+
+class NullDrafter:
+    """Drafts nothing: with no retriever beside it, this is plain decoding."""
+
+    def draft(self, views: Sequence[SlotView]) -> Draft:
+        return Draft([EMPTY_TREE] * len(views))

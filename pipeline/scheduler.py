@@ -1,0 +1,145 @@
+"""Who is in a slot and what each brings to the round: admission, prefill chunks, pages, and who gives way.
+
+Requests join and leave at any round. Pages follow actual lengths; when they run out the youngest slot is requeued, its
+output so far kept. A prompt prefix that another slot is just computing is waited for, not computed twice.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.packing import Run
+from pipeline.pages import ChainKey, PagePool
+from pipeline.proposal import Retriever
+from pipeline.slots import Slot
+from pipeline.tree import EMPTY_TREE, TokenTree, prune
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One slot's part of a round."""
+
+    slot: Slot
+    run: Run
+
+
+class Scheduler:
+    """Slots, waiting requests and the page pool.
+
+    Args:
+        num_slots: requests in the engine at a time.
+        pool: page bookkeeping; must hold the longest possible sequence.
+        prefill_chunk: most prefill tokens a round, over all slots.
+        retrievers: told who comes, grows and goes.
+    """
+
+    def __init__(self, num_slots: int, pool: PagePool, prefill_chunk: int, retrievers: Sequence[Retriever]) -> None:
+        self.pool = pool
+        self._prefill_chunk = prefill_chunk
+        self._retrievers = retrievers
+        self._free = list(range(num_slots))[::-1]
+        self._waiting: deque[Slot] = deque()
+        self._active: list[Slot] = []  # by admission order, oldest first
+        self._admitted = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._active)
+
+    def submit(self, slot: Slot) -> None:
+        """Queues a new request."""
+        self._waiting.append(slot)
+
+    def admit(self) -> None:
+        """Moves waiting requests into free slots while their known tokens find pages."""
+        while self._waiting and self._free:
+            slot = self._waiting[0]
+            slot.cached = self.pool.share(slot.pages, slot.known, 0)
+            needed = self.pool.pages_for(slot.length + 1) - len(slot.pages.pages)
+            promised = sum(self.pool.pages_for(s.length + 1) - len(s.pages.pages) for s in self._active)
+            if self._active and needed + promised > self.pool.num_idle:
+                self._evict_pages(slot)
+                return
+            self._waiting.popleft()
+            slot.number = self._free.pop()
+            slot.order = self._admitted
+            self._admitted += 1
+            self._active.append(slot)
+            for retriever in self._retrievers:
+                retriever.admit(slot.number, slot.known)
+
+    def decoding(self) -> list[Slot]:
+        """Slots that can use a tree: output has begun, and all known tokens but the root are cached."""
+        return [slot for slot in self._active if slot.is_decoding and slot.num_output > 0]
+
+    def plan(self, trees: dict[int, TokenTree]) -> list[Work]:
+        """The round's runs: a root and its tree for decoding slots (by slot number), chunks for the others."""
+        work = self._decode_work(trees)
+        chunk_left = self._prefill_chunk
+        computing: set[ChainKey] = set()
+        for slot in list(self._active):
+            if slot.is_decoding or slot.number < 0 or chunk_left <= 0:
+                continue
+            slot.cached = self.pool.share(slot.pages, slot.known, slot.cached)
+            key = self.pool.next_key(slot.pages, slot.known)
+            if key in computing:
+                continue
+            size = min(chunk_left, slot.num_pending)
+            if not self.pool.grow(slot.pages, slot.cached + size):
+                size = min(size, (len(slot.pages.pages) + self.pool.num_idle) * self.pool.page_size - slot.cached)
+                if size <= 0 or not self.pool.grow(slot.pages, slot.cached + size):
+                    continue
+            if key is not None:
+                computing.add(key)
+            chunk_left -= size
+            known = slot.known[slot.cached : slot.cached + size]
+            work.append(Work(slot, Run(known, EMPTY_TREE, slot.cached, slot.pages, size == slot.num_pending)))
+        if not work and self._active:
+            self._requeue(self._active[-1])  # every slot waits for pages: the youngest gives its own
+            return self.plan(trees)
+        return work
+
+    def _decode_work(self, trees: dict[int, TokenTree]) -> list[Work]:
+        work: list[Work] = []
+        for slot in [slot for slot in self._active if slot.is_decoding]:
+            if slot.number < 0:  # requeued for an older slot's sake
+                continue
+            tree = trees.get(slot.number, EMPTY_TREE)
+            while not self.pool.grow(slot.pages, slot.cached + 1 + len(tree)):
+                if len(tree):
+                    tree = self._shrink(slot, tree)
+                else:
+                    self._requeue(self._active[-1])
+                    if slot.number < 0:
+                        break
+            if slot.number >= 0:
+                work.append(Work(slot, Run(slot.known[slot.cached :], tree, slot.cached, slot.pages, True)))
+        return [item for item in work if item.slot.number >= 0]
+
+    def _shrink(self, slot: Slot, tree: TokenTree) -> TokenTree:
+        """The first nodes of a tree that the remaining pages hold; nodes come parents first, so the rest can go."""
+        room = (len(slot.pages.pages) + self.pool.num_idle) * self.pool.page_size - slot.cached - 1
+        return prune(tree, np.arange(len(tree)) < max(room, 0))
+
+    def finish(self, slot: Slot) -> None:
+        """The request is done: its slot and pages are free, its pages findable while memory lasts."""
+        self._leave(slot)
+
+    def _requeue(self, slot: Slot) -> None:
+        slot.num_requeues += 1
+        self._leave(slot)
+        self._waiting.appendleft(slot)
+
+    def _leave(self, slot: Slot) -> None:
+        self._active.remove(slot)
+        self._free.append(slot.number)
+        for retriever in self._retrievers:
+            retriever.release(slot.number)
+        slot.number = -1
+        self._evict_pages(slot)
+
+    def _evict_pages(self, slot: Slot) -> None:
+        self.pool.release(slot.pages)
+        slot.cached = 0

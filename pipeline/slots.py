@@ -1,0 +1,123 @@
+"""A slot: one request in the engine, its known tokens, its place in the KV cache and its counters."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.noise import position_key
+from pipeline.pages import PageRun
+from pipeline.request import FinishReason, Generation, Request
+from pipeline.sampling import ChoiceRow
+from pipeline.stopping import StopCheck
+from pipeline.tree import SOURCES, TokenTree, node_depths
+
+
+@dataclass(slots=True)
+class Slot:
+    """State of one request from submission to its end; survives losing and regaining its place in the cache.
+
+    Attributes:
+        number: the slot it occupies while admitted.
+        order: admission order; the youngest gives way when KV memory runs out.
+        tokens: [capacity] int32, prompt and output; the first `length` are known.
+        cached: tokens whose keys and values are committed in `pages`.
+    """
+
+    request: Request
+    stop: StopCheck
+    tokens: np.ndarray
+    length: int
+    number: int = -1
+    order: int = -1
+    cached: int = 0
+    pages: PageRun = field(default_factory=PageRun)
+    logprobs: list[float] = field(default_factory=list)
+    rounds: int = 0
+    drafted: int = 0
+    accepted: Counter[str] = field(default_factory=Counter)
+    rounds_without_draft: int = 0
+    num_requeues: int = 0
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def of(cls, request: Request, stop: StopCheck) -> "Slot":
+        """A slot state for a new request."""
+        prompt = np.asarray(request.prompt_ids, np.int32)
+        tokens = np.empty(len(prompt) + 64, np.int32)
+        tokens[: len(prompt)] = prompt
+        return cls(request=request, stop=stop, tokens=tokens, length=len(prompt))
+
+    @property
+    def known(self) -> np.ndarray:
+        """[L] int32 view of all known tokens."""
+        return self.tokens[: self.length]
+
+    @property
+    def num_output(self) -> int:
+        return self.length - len(self.request.prompt_ids)
+
+    @property
+    def output(self) -> np.ndarray:
+        """[n] int32 view of the output tokens."""
+        return self.tokens[len(self.request.prompt_ids) : self.length]
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens not yet in the cache: 1 (the root) while decoding, more while prefill goes on."""
+        return self.length - self.cached
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.num_pending == 1
+
+    def append(self, token: int, logprob: float | None) -> None:
+        """Adds an output token and decides whether it is the last."""
+        if self.length == len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+        self.tokens[self.length] = token
+        self.length += 1
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        self.finish_reason = self.stop(self.output)
+
+    def choice_rows(self, tree: TokenTree) -> list[ChoiceRow]:
+        """How the token after the root, and after each node of `tree`, is chosen: [len(tree) + 1]."""
+        params = self.request.params
+        depths = [0, *node_depths(tree.parents).tolist()]
+        seen: list[np.ndarray | None] = [None] * len(depths)
+        if params.repetition_penalty != 1.0:
+            paths = [np.unique(self.known)]
+            for token, parent in zip(tree.tokens, tree.parents, strict=True):
+                paths.append(np.append(paths[parent + 1], token))
+            seen = list(paths)
+        if params.is_greedy:
+            return [ChoiceRow(params, 0, row) for row in seen]
+        keys = [position_key(self.request.seed, self.length + depth) for depth in range(max(depths) + 1)]
+        return [ChoiceRow(params, keys[depth], row) for depth, row in zip(depths, seen, strict=True)]
+
+    def count_round(self, tree: TokenTree, kept: np.ndarray) -> None:
+        """Books one verification round: `kept` are the accepted nodes that stayed in the output, [A] int32."""
+        self.rounds += 1
+        self.drafted += len(tree)
+        self.rounds_without_draft += len(tree) == 0
+        self.accepted.update(SOURCES[source] for source in tree.sources[kept])
+
+    def generation(self) -> Generation:
+        """The finished request."""
+        assert self.finish_reason is not None
+        output = self.output
+        return Generation(
+            request_id=self.request.request_id,
+            token_ids=tuple(output.tolist()),
+            text=self.stop.text(output),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.request.prompt_ids),
+            rounds=self.rounds,
+            drafted=self.drafted,
+            accepted=sum(self.accepted.values()),
+            accepted_by_source=dict(self.accepted),
+            rounds_without_draft=self.rounds_without_draft,
+            logprobs=tuple(self.logprobs),
+            num_requeues=self.num_requeues,
+        )

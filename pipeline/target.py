@@ -1,0 +1,131 @@
+"""The target model: any transformers decoder with standard attention, run over packed rows and the paged cache.
+
+No modelling file is forked. The model's own code runs; our `Cache` stores keys and values in pages, our attention
+function reads them. What the model cannot be is checked once, at load.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext
+from pipeline.errors import ModelError
+from pipeline.kv_cache import KVShape, PagedCache
+from pipeline.packing import Run, order_runs, pack
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Logits of one packed forward pass.
+
+    Attributes:
+        logits: [M, V], rows of each run contiguous: the root's, then its tree nodes'.
+        begin: for each run in the order given, its first row in `logits`; -1 for runs that wanted none.
+    """
+
+    logits: torch.Tensor
+    begin: list[int]
+
+
+class Target:
+    """A loaded target over a KV pool of `num_pages` pages.
+
+    Raises:
+        ModelError: the architecture is not supported; says which part.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int) -> None:
+        self.config = model.config.get_text_config()
+        self.model = model
+        self.device: torch.device = model.device
+        self.cache = PagedCache(kv_shape(model), num_pages, page_size, self.device)
+        model.set_attn_implementation(IMPLEMENTATION)
+
+    @torch.inference_mode()
+    def forward(self, runs: list[Run]) -> Forward:
+        """One forward pass over all runs. Their keys and values are in the cache afterwards, accepted or not."""
+        order, num_short = order_runs(runs, LONG_CHAIN)
+        packed = [runs[i] for i in order]
+        row = pack(packed, num_short, self.cache.page_size, self.device)
+        self.cache.begin(row)
+        output = self.model(
+            input_ids=row.token_ids,
+            position_ids=row.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=row.logits_index,
+            packed=AttentionContext(row, self.cache),
+        )
+        begin = [-1] * len(runs)
+        next_row = 0
+        for i in order:
+            if runs[i].wants_logits:
+                begin[i] = next_row
+                next_row += 1 + len(runs[i].tree)
+        return Forward(output.logits[0], begin)
+
+
+def kv_shape(model: PreTrainedModel) -> KVShape:
+    """Layers, heads and head dimension of the KV cache, read off a two-token forward pass.
+
+    Raises:
+        ModelError: recurrent or shared layers, layers of different shapes, or key and value dimensions that differ.
+    """
+    name = model.config.model_type
+    _check_attention(model)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(
+            input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True
+        )
+    shapes = set()
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.shape != values.shape:
+            raise ModelError(
+                f"Target of type {name!r} has a layer without plain keys and values; choose another target."
+            )
+        shapes.add((keys.shape[1], keys.shape[3], keys.dtype))
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if len(cache.layers) != num_layers or len(shapes) != 1:
+        raise ModelError(
+            f"Target of type {name!r} has {len(cache.layers)} cached layers of {len(shapes)} shapes for {num_layers} "
+            "layers; only models whose layers all keep keys and values of one shape are supported."
+        )
+    heads, head_dim, dtype = shapes.pop()
+    return KVShape(num_layers, heads, head_dim, dtype)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    name = model.config.model_type
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(
+            f"Target of type {name!r} does not use transformers' attention interface and cannot verify trees."
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if unknown:
+        raise ModelError(
+            f"Target of type {name!r} has layers of type {sorted(unknown)}; supported: {sorted(_LAYER_TYPES)}."
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise ModelError(f"Target of type {name!r} uses chunked attention, which is not supported.")
+
+
+def max_context_of(model: PreTrainedModel) -> int:
+    """Longest sequence, in tokens, at which the model's positions are its own.
+
+    Rotary embeddings that depend on the longest sequence of the batch stay within the length where they do not.
+    """
+    config = model.config.get_text_config()
+    longest = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+            longest = min(longest, int(parameters.get("original_max_position_embeddings", longest)))
+    return longest

@@ -1,0 +1,46 @@
+"""What all tests share: the embedded model, a quiet local Ray, no network but the package registry."""
+
+import atexit
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+# Read when these packages are imported, so set before any of them is.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_TMPDIR" not in os.environ:
+    # Ray puts sockets there, whose paths may have 107 bytes: pytest's own directories are too deep.
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rasd-")
+    atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+if "RAY_AUTH_MODE" not in os.environ:
+    # Otherwise Ray makes a token of its own in the user's home.
+    token = Path(os.environ["RAY_TMPDIR"]) / "auth_token"
+    token.write_text(uuid.uuid4().hex)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model in fp32 on the CPU, with transformers' own attention, and its tokenizer.
+
+    One instance for the whole session: a test that changes it (`Target` sets the attention function) changes it back.
+    """
+    resolved = resolve_model("smollm2-135m")
+    return load_causal_lm(resolved, torch.float32, "cpu"), load_tokenizer(resolved)

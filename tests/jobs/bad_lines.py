@@ -1,0 +1,53 @@
+"""Lines of JSON that are no good rows, with the error type and a part of the message each must give."""
+
+GOOD = b'{"prompt": "good"}'
+NESTED = b"[" * 40 + b"]" * 40
+
+BAD_LINES = {
+    "broken": (b'{"prompt": "a', "malformed_json", "string starting at column 12"),
+    "word": (b"hello", "malformed_json", "Expecting value"),
+    "control": (b'{"prompt": "a\x00b"}', "malformed_json", "control character"),
+    "two": (b'{"prompt": "a"}{"prompt": "b"}', "malformed_json", "Extra data"),
+    "deep": (b'{"x": ' + b"[" * 100_000, "malformed_json", "nested too deeply"),
+    "digits": (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", "malformed_json", "too many digits"),
+    "duplicate": (b'{"prompt": "a", "prompt": "b"}', "malformed_json", "'prompt' is there twice"),
+    "inner duplicate": (b'{"prompt": "a", "x": {"k": 1, "k": 2}}', "malformed_json", "column 'x': the key 'k'"),
+    "list": (b'[{"prompt": "a"}]', "not_an_object", "a list"),
+    "string": (b'"a"', "not_an_object", "a string"),
+    "null": (b"null", "not_an_object", "null"),
+    "number": (b"1.5", "not_an_object", "a number"),
+    "bytes": (b'{"prompt": "caf\xe9"}', "invalid_unicode", "byte 15"),
+    "surrogate": (rb'{"prompt": "a\ud800b"}', "invalid_unicode", "column 'prompt': character 1"),
+    "surrogate in a column": (rb'{"prompt": "a", "x": ["\udc00"]}', "invalid_unicode", "column 'x'"),
+    "surrogate in a key": (rb'{"prompt": "a", "\ud800": 1}', "invalid_unicode", "ud800"),
+    "surrogate in an id": (rb'{"prompt": "a", "id": "\ud800"}', "invalid_unicode", "column 'id'"),
+    "surrogate in a message": (
+        rb'{"messages": [{"role": "user", "content": "\ud800"}]}',
+        "invalid_unicode",
+        "messages",
+    ),
+    "nothing": (b"{}", "missing_field", "nothing"),
+    "other": (b'{"text": "a"}', "missing_field", "--text-column"),
+    "null prompt": (b'{"prompt": null}', "missing_field", "'prompt'"),
+    "both": (b'{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "both_fields", "keep one"),
+    "number prompt": (b'{"prompt": 5}', "wrong_type", "is 5; it must be a string"),
+    "nan prompt": (b'{"prompt": NaN}', "wrong_type", "nan"),
+    "list prompt": (b'{"prompt": [{"role": "user", "content": "b"}]}', "wrong_type", "belongs into 'messages'"),
+    "list id": (b'{"prompt": "a", "id": [1]}', "wrong_type", "id is [1]"),
+    "text messages": (b'{"messages": "hi"}', "wrong_type", "must be a list"),
+    "empty": (b'{"prompt": ""}', "empty_prompt", "empty"),
+    "empty contents": (b'{"messages": [{"role": "user", "content": ""}]}', "empty_prompt", "empty"),
+    "no messages": (b'{"messages": []}', "bad_messages", "empty list"),
+    "text message": (b'{"messages": ["hi"]}', "bad_messages", "message 0 is 'hi'"),
+    "no content": (b'{"messages": [{"role": "user"}]}', "bad_messages", "no content"),
+    "no role": (b'{"messages": [{"content": "a"}]}', "bad_messages", "no role"),
+    "empty role": (b'{"messages": [{"role": "", "content": "a"}]}', "bad_messages", "empty role"),
+    "number role": (b'{"messages": [{"role": 1, "content": "a"}]}', "bad_messages", "the role 1"),
+    "parts": (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "bad_messages", "only text"),
+    "tool calls": (
+        b'{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}',
+        "bad_messages",
+        "also has ['tool_calls']",
+    ),
+    "deep column": (b'{"prompt": "a", "x": ' + NESTED + b"}", "type_mismatch", "32 levels"),
+}

@@ -1,0 +1,262 @@
+"""The commit protocol: whatever the moment of a crash, a shard is either committed whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from actors.parts import PartWriter, finish_shard
+from actors.records import failed_record, generated_record, output_schema, passthrough_names
+from actors.rows import InputRow, RowFailure, ShardResult, ShardStats, ShardTask
+from jobs import lease as lease_module
+from jobs.commit import CommitLog, read_commits
+from jobs.files import write_json
+from jobs.lease import Lease
+from pipeline.errors import ConfigError, JobError
+from tests.fakes import fake_generation
+
+SCHEMA = output_schema(["prompt"], pa.schema([("text", pa.string())]), logprobs=False)
+
+
+def write_part(log: CommitLog, shard: int, attempt: int = 0, rows: int = 3) -> ShardResult:
+    """What a replica does with a shard."""
+    path = str(log.part_path(shard, attempt))
+    task = ShardTask(shard, attempt, (), path, SCHEMA.serialize().to_pybytes())
+    writer = PartWriter(task.part_path, task.schema)
+    for index in reversed(range(shard * rows, (shard + 1) * rows)):
+        row = InputRow(index, str(index), prompt=f"prompt {index}", extra={"input_text": "kept"})
+        writer.add(generated_record(row, 0, (1 << 64) - 1, fake_generation(row.prompt or "", 0)))
+    return finish_shard(task, writer, 0.1)
+
+
+def test_part_file_is_sorted_typed_and_described(tmp_path: Path) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        result = write_part(log, 2)
+        log.commit(result)
+    table = pq.read_table(tmp_path / "part-000002.parquet")
+    assert table.schema.equals(SCHEMA)
+    assert table["row_index"].to_pylist() == [6, 7, 8]
+    assert table["seed"].to_pylist() == [-1, -1, -1]
+    assert table["input_text"].to_pylist() == ["kept"] * 3
+    assert dict(table["accepted_by_source"][0].as_py()) == {"context": 3}
+    assert result.stats == ShardStats(
+        rows=3,
+        prompt_tokens=6,
+        output_tokens=24,
+        rounds=12,
+        drafted=18,
+        accepted=9,
+        rounds_without_draft=3,
+        accepted_by_source={"context": 9},
+        samples_ok=3,
+    )
+    assert result.stats.tau == (24 - 3) / 12
+
+
+def test_error_row_has_nulls_where_nothing_exists(tmp_path: Path) -> None:
+    path = tmp_path / "part.parquet"
+    writer = PartWriter(str(path), SCHEMA.serialize().to_pybytes())
+    writer.add(failed_record(InputRow(4, "x"), 1, 9, RowFailure("malformed_json", "line 5")))
+    writer.close()
+    (row,) = pq.read_table(path).to_pylist()
+    values = {name: value for name, value in row.items() if value is not None}
+    assert values == {
+        "row_index": 4,
+        "id": "x",
+        "sample": 1,
+        "seed": 9,
+        "status": "error",
+        "error_type": "malformed_json",
+        "error_message": "line 5",
+    }
+
+
+def test_clashing_columns_get_a_prefix_until_they_are_unique() -> None:
+    names = passthrough_names(["text", "input_text", "mine", "seed"])
+    assert names == {"text": "input_input_text", "input_text": "input_text", "mine": "mine", "seed": "input_seed"}
+
+
+def test_unwritable_part_leaves_nothing_behind(tmp_path: Path) -> None:
+    target = tmp_path / "gone" / "part.parquet"
+    with pytest.raises(JobError, match=r"cannot write part file .*part\.parquet.*Free space"):
+        PartWriter(str(target), SCHEMA.serialize().to_pybytes()).close()
+
+    (tmp_path / "gone").mkdir()
+    full = PartWriter(str(target), SCHEMA.serialize().to_pybytes())
+    # The file system's "no space" cannot be had on demand; a directory in the way fails at the same step.
+    target.mkdir()
+    (target / "x").touch()
+    with pytest.raises(JobError, match="cannot write part file"):
+        full.close()
+    assert sorted(path.name for path in (tmp_path / "gone").iterdir()) == ["part.parquet"]
+
+
+def crash_before_call(number: int, work: Callable[[], None]) -> bool:
+    """Run `work` in a child that kills itself before its `number`-th durable step; whether it got that far."""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def counted(function: Callable[..., object]) -> Callable[..., object]:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **options)
+
+            return call
+
+        for name in ("fsync", "replace", "link", "unlink", "rename", "open"):
+            setattr(os, name, counted(getattr(os, name)))
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.chaos
+def test_crash_before_any_step_of_a_commit_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """Kill before each step in turn; the next driver finds shard 0 whole or absent, and can finish the job."""
+
+    def commit_one(output: Path) -> None:
+        with Lease(output) as lease:
+            log = CommitLog(output, lease)
+            log.open()
+            log.commit(write_part(log, 0, attempt=1))
+
+    step, outcomes = 0, set()
+    has_crashed = True
+    while has_crashed:
+        step += 1
+        output = tmp_path / str(step)
+        output.mkdir()
+        has_crashed = crash_before_call(step, lambda output=output: commit_one(output))  # type: ignore[misc]
+        with Lease(output) as lease:
+            log = CommitLog(output, lease)
+            done = log.open()
+            outcomes.add(len(done))
+            parts = sorted(path.name for path in output.glob("part-*"))
+            assert parts == ["part-000000.parquet"] * len(done)
+            assert list((output / "_tmp").iterdir()) == []
+            log.commit(write_part(log, 0, attempt=2))
+            log.commit(write_part(log, 1, attempt=2))
+            log.finish()
+        table = pq.read_table([output / commit.file for commit, _ in read_commits(output) if commit])
+        assert table["row_index"].to_pylist() == [0, 1, 2, 3, 4, 5]
+        names = {path.name for path in output.iterdir()}
+        assert names == {"_commits", "_lease.lock", "part-000000.parquet", "part-000001.parquet"}
+    assert step > 10
+    assert outcomes == {0, 1}
+
+
+def test_second_commit_of_a_shard_changes_nothing(tmp_path: Path) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        first = log.commit(write_part(log, 0, attempt=1))
+        late = write_part(log, 0, attempt=2)
+        assert log.commit(late) == first
+        assert not Path(late.path).exists()
+
+
+def test_debris_is_removed_and_strangers_are_kept(tmp_path: Path) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        log.commit(write_part(log, 0))
+        write_part(log, 1)
+        for name in ("part-000007.parquet", "part-mine.parquet", "notes.txt", "_commits/000001.json.77.tmp"):
+            (tmp_path / name).write_text("x")
+        assert set(CommitLog(tmp_path, lease).open()) == {0}
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"part-000000.parquet", "_commits/000000.json", "part-mine.parquet", "notes.txt", "_lease.lock"}
+
+
+@pytest.mark.parametrize("damage", ["remove", "cut"])
+def test_commit_whose_file_is_damaged_is_done_again(tmp_path: Path, damage: str) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        log.commit(write_part(log, 0))
+        part = tmp_path / "part-000000.parquet"
+        part.unlink() if damage == "remove" else part.write_bytes(part.read_bytes()[:-1])
+        assert CommitLog(tmp_path, lease).open() == {}
+
+
+def test_part_file_that_the_driver_cannot_see_or_that_changed_is_refused(tmp_path: Path) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        result = write_part(log, 0)
+        Path(result.path).write_bytes(b"short")
+        with pytest.raises(JobError, match="5 bytes, but its replica wrote"):
+            log.commit(result)
+        Path(result.path).unlink()
+        with pytest.raises(JobError, match="not visible to the driver"):
+            log.commit(result)
+
+
+def test_live_driver_keeps_others_out_and_leaves_no_lease(tmp_path: Path) -> None:
+    with Lease(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "):
+        Lease(tmp_path)
+    assert not (tmp_path / "_lease").exists()
+    with Lease(tmp_path):
+        pass
+
+
+def test_lease_of_a_killed_driver_is_taken_over_at_once(tmp_path: Path) -> None:
+    script = "import os, sys, pathlib, jobs.lease as m; m.Lease(pathlib.Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60, check=False)
+    assert (tmp_path / "_lease").exists()
+    with Lease(tmp_path) as lease, lease.held():
+        pass
+
+
+def test_lease_of_another_host_is_taken_over_once_it_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "_lease"
+    write_json(path, {"token": "t", "host": "elsewhere", "pid": 1, "started": "never"})
+    with pytest.raises(ConfigError, match="in use by process 1 on elsewhere"):
+        Lease(tmp_path)
+    old = time.time() - lease_module.STALE_SECONDS - 1
+    os.utime(path, (old, old))
+    with Lease(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_driver_that_lost_its_lease_cannot_commit(tmp_path: Path) -> None:
+    with Lease(tmp_path) as lease:
+        log = CommitLog(tmp_path, lease)
+        log.open()
+        result = write_part(log, 0)
+        write_json(tmp_path / "_lease", {"token": "another", "host": "elsewhere", "pid": 1})
+        with pytest.raises(JobError, match="taken over by process 1 on elsewhere"):
+            log.commit(result)
+    assert not (tmp_path / "part-000000.parquet").exists()
+    assert (tmp_path / "_lease").exists()
+
+
+def test_heartbeat_keeps_the_lease_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
+    with Lease(tmp_path):
+        path = tmp_path / "_lease"
+        os.utime(path, (0, 0))
+        deadline = time.monotonic() + 10
+        while path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
