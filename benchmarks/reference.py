@@ -67,7 +67,9 @@ def first_mismatch(
     """
     if list(expected) == list(got):
         return None
-    place = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got)))
+    place = next(
+        (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
+    )
     known = [*prompt_ids, *expected[:place]]
     logits = model(input_ids=torch.tensor([known], device=model.device)).logits[:, -1]
     params = params or SamplingParams()

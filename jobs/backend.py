@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 
 from jobs.cluster import Placement
 from jobs.config import GenerateConfig
-from jobs.plan import ModelFacts
+from jobs.plan import MemoryEstimate, ModelFacts
 
 AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
@@ -18,7 +19,7 @@ class Launch:
     """One actor to start.
 
     Attributes:
-        resolved: dtype and max_context as the plan has them; `auto` until the first replica has decided.
+        resolved: the plan's fingerprint; dtype and max_context are `auto` in it until the first replica has decided.
         concurrency: calls the actor must take at once.
     """
 
@@ -47,6 +48,9 @@ class Backend(Protocol):
     def facts(self, config: GenerateConfig) -> ModelFacts:
         """Identity of the target; raises ModelError."""
 
+    def memory(self, config: GenerateConfig) -> MemoryEstimate:
+        """What a replica would need; raises ModelError."""
+
     def launch(self, launch: Launch) -> Any:
         """An actor with the methods of `actors.replica.Replica`."""
 
@@ -60,6 +64,12 @@ class ModelBackend:
 
         return model_facts(config)
 
+    def memory(self, config: GenerateConfig) -> MemoryEstimate:
+        """See `Backend.memory`."""
+        from jobs.facts import estimate_memory
+
+        return estimate_memory(config)
+
     def launch(self, launch: Launch) -> Any:
         """See `Backend.launch`."""
         from actors.replica import Replica, ReplicaConfig
@@ -71,8 +81,9 @@ class ModelBackend:
         return launch.actor(
             Replica,
             ReplicaConfig(
-                model=config.model,
-                revision=config.revision,
+                model=_anywhere(config.model),
+                # Of a hub model the very commit that was planned with, even if its branch has moved since.
+                revision=launch.resolved["revision"],
                 dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
                 device=device,
                 slots=config.slots,
@@ -89,6 +100,14 @@ class ModelBackend:
                 num_threads=launch.placement.num_threads,
             ),
         )
+
+
+def _anywhere(model: str) -> str:
+    """The model's name so that it means the same in a replica's working directory."""
+    from pipeline.embedded import EMBEDDED
+
+    path = Path(model).expanduser()
+    return model if model in EMBEDDED or not path.exists() else str(path.absolute())
 
 
 def _or_none(value: Any) -> int | None:

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the job failed, 2 bad input or option, 3 stopped by the er
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # The reader of stdout, such as `head`, has enough. Without this, Python complains once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _run(words: list[str]) -> int:

@@ -1,14 +1,17 @@
 """Joining or starting a Ray cluster, and dividing its cores and GPUs among replicas."""
 
 import contextlib
+import io
 import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import ray
+from ray.exceptions import RayError
 
 from jobs.config import GenerateConfig
 from pipeline.errors import ConfigError
@@ -34,6 +37,15 @@ class Placement:
     num_threads: int
 
 
+class _ToLog(io.TextIOBase):
+    """Takes what is printed to it as debug messages."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.debug("%s", text.rstrip())
+        return len(text)
+
+
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Sequence[Mapping[str, float]]]:
     """Join the cluster at `address` (None: the one this runs on, else a new local one); gives its nodes' resources.
@@ -41,25 +53,36 @@ def connected(address: str | None) -> Iterator[Sequence[Mapping[str, float]]]:
     Raises:
         ConfigError: there is no cluster at the address.
     """
+    if address is not None and address.startswith("ray://"):
+        raise ConfigError(
+            f"--ray-address is {address!r}; this program cannot drive a cluster from outside. Run it inside with `ray"
+            " job submit`, or give a node's address."
+        )
     # Quiet two notices about defaults of future Ray versions; we rely on neither default.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Even with log_to_driver=False Ray prints to stdout when a worker dies; only the job's outcome belongs there.
+    with contextlib.redirect_stdout(cast(IO[str], _ToLog())):
+        _init(address)
+        try:
+            yield [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        finally:
+            ray.shutdown()
+
+
+def _init(address: str | None) -> None:
     try:
         ray.init(
             address=address,
-            include_dashboard=False if address in (None, "local") and "RAY_ADDRESS" not in os.environ else None,
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=_short_temp_dir(),
         )
-    except (ConnectionError, ValueError) as error:
+    except (ConnectionError, ValueError, RayError) as error:
         raise ConfigError(
             f"--ray-address is {address!r}; no Ray cluster answers: {error}. Give the address of one, or `local`."
         ) from error
-    try:
-        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    finally:
-        ray.shutdown()
 
 
 def place(config: GenerateConfig, nodes: Sequence[Mapping[str, float]]) -> Placement:

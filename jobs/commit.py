@@ -8,7 +8,6 @@ A shard is done if and only if its commit record exists. Anything else is debris
 """
 
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 from actors.parts import fsync
 from actors.rows import ShardResult, ShardStats
-from jobs.files import create_json, read_json
+from jobs.files import create_json, read_json, writing
 from jobs.lease import Lease
 from pipeline.errors import JobError
 
@@ -99,8 +98,9 @@ class CommitLog:
                 attempt=result.attempt,
                 stats=result.stats,
             )
-            source.replace(self._output / commit.file)
-            fsync(self._output)
+            with writing(self._output / commit.file):
+                source.replace(self._output / commit.file)
+                fsync(self._output)
             create_json(self._record_path(result.shard), asdict(commit))
         self._commits[result.shard] = commit
         return commit
@@ -140,10 +140,9 @@ class CommitLog:
 
 def read_commits(output: Path) -> Iterator[tuple[Commit | None, Path]]:
     """Each commit record of a directory in shard order, None if it is unreadable, with its path."""
-    directory = output / "_commits"
-    for name in sorted(os.listdir(directory)) if directory.is_dir() else []:
-        if _COMMIT.fullmatch(name):
-            yield _parse(read_json(directory / name)), directory / name
+    paths = [path for path in (output / "_commits").glob("*.json") if _COMMIT.fullmatch(path.name)]
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        yield _parse(read_json(path)), path
 
 
 def _parse(record: dict[str, Any] | None) -> Commit | None:

@@ -1,14 +1,14 @@
 """What the driver must know of the target without loading its weights: identity, and how much memory it will take."""
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from jobs.backend import AUTO_DTYPE
 from jobs.config import GenerateConfig
-from jobs.plan import ModelFacts
+from jobs.plan import MemoryEstimate, ModelFacts
+from pipeline.errors import ModelError
 from pipeline.models import load_config, load_tokenizer, resolve_model, tokenizer_hash
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,23 +32,6 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryEstimate:
-    """Bytes one replica needs, before activations.
-
-    Attributes:
-        weights: of all parameters.
-        kv_per_token: of one token in every layer; sliding windows are counted as full attention.
-        kv: of all slots at the longest context.
-    """
-
-    dtype: str
-    max_context: int
-    weights: int
-    kv_per_token: int
-    kv: int
-
-
 def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     """Memory of a replica from the model's configuration alone; see `model_facts` for errors."""
     resolved = resolve_model(config.model, config.revision)
@@ -59,9 +42,12 @@ def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * _BYTES[dtype]
     longest = text.max_position_embeddings if config.max_context == "auto" else config.max_context
-    with torch.device("meta"):
-        from_config = AutoModelForCausalLM.from_config
-        shell = from_config(model, trust_remote_code=config.trust_remote_code)  # type: ignore[no-untyped-call]
+    from_config = AutoModelForCausalLM.from_config
+    try:
+        with torch.device("meta"):
+            shell = from_config(model, trust_remote_code=config.trust_remote_code)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ModelError(f"--model is {config.model!r}; it is no causal language model: {error}") from error
     return MemoryEstimate(
         dtype=dtype,
         max_context=longest,

@@ -1,34 +1,54 @@
 """Small durable writes on a local or shared file system: whole or absent, and on disk before they are relied on."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from actors.parts import fsync
+from pipeline.errors import JobError
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written into JobError."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(
+            f"cannot write {path}: {error.strerror or error}. Free space or mend the directory; the same command then"
+            " resumes the job."
+        ) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace `path` by the JSON of `value`; after a crash it holds the old text or the new one."""
-    temporary = _write_beside(path, value)
-    temporary.replace(path)
-    fsync(path.parent)
+    """Replace `path` by the JSON of `value`; after a crash it holds the old text or the new one.
+
+    Raises:
+        JobError: it cannot be written.
+    """
+    with writing(path):
+        temporary = _write_beside(path, value)
+        temporary.replace(path)
+        fsync(path.parent)
 
 
 def create_json(path: Path, value: Mapping[str, Any]) -> None:
     """Create `path` with the JSON of `value`, never half written.
 
     Raises:
-        FileExistsError: `path` exists; it is left as it is.
+        JobError: `path` exists, and is left as it is; or it cannot be written.
     """
-    temporary = _write_beside(path, value)
-    try:
-        # A hard link is the POSIX operation that both publishes a complete file and fails if the name is taken.
-        os.link(temporary, path)
-    finally:
-        temporary.unlink()
-    fsync(path.parent)
+    with writing(path):
+        temporary = _write_beside(path, value)
+        try:
+            # A hard link is the POSIX operation that both publishes a complete file and fails if the name is taken.
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
+        fsync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -1,18 +1,20 @@
 """From a checked configuration to a running job: inputs, model, plan and lease, or with `--dry-run` the plan alone."""
 
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.backend import Backend
+from jobs.commit import read_commits
 from jobs.config import GenerateConfig
-from jobs.facts import estimate_memory
+from jobs.dry_run import print_plan
 from jobs.files import read_json
 from jobs.inputs import open_inputs
 from jobs.job import Job
 from jobs.lease import Lease
-from jobs.plan import Plan, make_plan
-from jobs.report import print_table
+from jobs.plan import make_plan
 from pipeline.errors import ConfigError
 from pipeline.methods import method_named
 
@@ -25,12 +27,12 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
     """
     began = time.monotonic()
     method = method_named(config.method).name
+    output = _output_directory(config)
     inputs = open_inputs(config.prompts, text_column=config.text_column)
     facts = backend.facts(config)
-    output = Path(config.output)
-    plan = make_plan(config, inputs, facts, _recorded_plan(output))
+    plan = make_plan(config, inputs, facts, _binding(_recorded_plan(output), output))
     if config.dry_run:
-        _print_plan(plan, config, method)
+        print_plan(plan, config, method, backend.memory(config))
         return 0
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -40,8 +42,20 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
     with lease:
         # Planned again: until the lease was ours, another driver may have written a plan.
         recorded = _recorded_plan(output)
-        job = Job(config, backend, make_plan(config, inputs, facts, recorded), method, output, lease)
+        plan = make_plan(config, inputs, facts, _binding(recorded, output))
+        job = Job(config, backend, plan, method, output, lease)
         return job.run(inputs, (recorded or {}).get("attempts", []), began)
+
+
+def _output_directory(config: GenerateConfig) -> Path:
+    output = Path(config.output).expanduser()
+    # Set by Ray's job server, which runs the command in a temporary copy of the submitted directory.
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
+        raise ConfigError(
+            f"--output is {config.output!r}; a submitted job runs in a directory that Ray removes. Give an absolute"
+            " path that all nodes see."
+        )
+    return output
 
 
 def _recorded_plan(output: Path) -> dict[str, Any] | None:
@@ -68,19 +82,6 @@ def _recorded_plan(output: Path) -> dict[str, Any] | None:
     return None
 
 
-def _print_plan(plan: Plan, config: GenerateConfig, method: str) -> None:
-    memory = estimate_memory(config)
-    gib = 1 << 30
-    print_table(
-        [
-            ("rows", f"{plan.num_rows} prompts x {plan.num_samples} samples = {plan.num_output_rows} output rows"),
-            ("shards", f"{plan.num_shards} of up to {plan.rows_per_shard} prompts"),
-            *(("input", f"{file['path']}: {file['rows']} rows, {file['bytes']} bytes") for file in plan.inputs),
-            ("model", f"{config.model}, {memory.dtype}"),
-            ("method", method),
-            ("replicas", config.num_replicas),
-            ("memory", f"{memory.weights / gib:.2f} GiB weights a replica"),
-            ("", f"{memory.kv / gib:.2f} GiB KV at most: {config.slots} slots x {memory.max_context} tokens"),
-            *(("column", f"{field.name}: {field.type}") for field in plan.schema),
-        ]
-    )
+def _binding(recorded: Mapping[str, Any] | None, output: Path) -> Mapping[str, Any] | None:
+    """A recorded plan binds once there is output made by it; before, a mistaken option can simply be corrected."""
+    return recorded if any(commit for commit, _ in read_commits(output)) else None

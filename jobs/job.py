@@ -50,6 +50,8 @@ class Job:
         self._signals = StopSignals()
         self._commits: dict[int, Commit] = {}
         self._attempts: list[dict[str, Any]] = []
+        self._progress = Progress(plan.num_output_rows, is_quiet=config.quiet)
+        self._total = ShardStats()
         self._run_stats = ShardStats()
         self._ready_at: float | None = None
 
@@ -62,6 +64,7 @@ class Job:
         self._attempts = [*map(dict, attempts), self._attempt()]
         self._write_plan()
         self._commits = self._log.open()
+        self._total = sum((commit.stats for commit in self._commits.values()), ShardStats())
         resumed = len(self._commits)
         if resumed:
             log.info("%d of %d shards are done already", resumed, self._plan.num_shards)
@@ -77,7 +80,9 @@ class Job:
         )
         for note in info.notes:
             log.info("replica %d: %s", info.replica, note)
-        self._ready_at = self._ready_at or time.monotonic()
+        if self._ready_at is None:
+            self._ready_at = time.monotonic()
+            self._progress.restart()
         bound = bind(self._plan, info)
         self._attempts[-1].setdefault("replicas", []).append(asdict(info))
         self._plan = bound
@@ -90,6 +95,7 @@ class Job:
     def committed(self, commit: Commit) -> None:
         """See `Watcher`."""
         self._commits[commit.shard] = commit
+        self._total += commit.stats
         self._run_stats += commit.stats
 
     def should_stop(self) -> bool:
@@ -98,11 +104,9 @@ class Job:
 
     def _exceeds_error_rate(self) -> bool:
         # Against all rows of the job, so that the order in which shards end does not matter.
-        errors = sum(commit.stats.errors for commit in self._commits.values())
-        return errors > self._config.max_error_rate * self._plan.num_output_rows
+        return self._total.errors > self._config.max_error_rate * self._plan.num_output_rows
 
     def _drive(self, inputs: Inputs) -> None:
-        done = sum(commit.stats.rows for commit in self._commits.values())
         rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
         in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
         with connected(self._config.ray_address) as nodes, self._signals:
@@ -129,7 +133,7 @@ class Job:
                     schema=self._plan.schema.serialize().to_pybytes(),
                 ),
             )
-            with Progress(self._plan.num_output_rows, done, is_quiet=self._config.quiet) as self._progress:
+            with self._progress.shown(done=self._total.rows):
                 driver.run()
 
     def _finish(self, resumed: int, began: float) -> int:
@@ -144,13 +148,15 @@ class Job:
             state, code = "stopped", self._signals.exit_code
         facts = {
             "num_shards": self._plan.num_shards,
+            "shards": len(self._commits),
+            "resumed_shards": resumed,
             "error_types": error_types(self._output, self._commits.values()),
             "model": self._config.model,
             "method": self._method,
             "dtype": self._plan.fingerprint["dtype"],
             "output": str(self._output),
         }
-        record = job_record(state, self._commits, resumed, self._run_stats, clock, facts)
+        record = job_record(state, self._total, self._run_stats, clock, facts)
         write_json(self._output / "report.json", record)
         if is_done:
             self._log.finish()

@@ -46,6 +46,23 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes one replica needs, before activations.
+
+    Attributes:
+        weights: of all parameters.
+        kv_per_token: of one token in every layer; sliding windows are counted as full attention.
+        kv: of all slots at the longest context.
+    """
+
+    dtype: str
+    max_context: int
+    weights: int
+    kv_per_token: int
+    kv: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that determines the output, and where each row of it goes.
 

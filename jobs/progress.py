@@ -1,9 +1,11 @@
 """How far the job is, on stderr: a bar on a terminal, else a log line now and then."""
 
+import contextlib
 import logging
 import sys
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from typing import NoReturn
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -16,38 +18,45 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows output rows done and the speed of this run; a context manager.
+    """Shows output rows done and the speed of this run.
 
     Args:
-        total: output rows of the job; done: those committed by earlier runs.
+        total: output rows of the job.
         is_quiet: show nothing.
     """
 
-    def __init__(self, total: int, done: int, *, is_quiet: bool) -> None:
+    def __init__(self, total: int, *, is_quiet: bool) -> None:
         self._total = total
-        self._done = done
-        self._start = time.monotonic()
-        self._log_at = self._start + LOG_SECONDS
         self._is_quiet = is_quiet
-        is_shown = not is_quiet and sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, unit="row", dynamic_ncols=True) if is_shown else None
-        self._redirect = logging_redirect_tqdm()
+        self._done = 0
+        self._begin = self._log_at = 0.0
+        self._bar: tqdm[NoReturn] | None = None
 
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._redirect.__enter__()
-        return self
+    @contextlib.contextmanager
+    def shown(self, done: int) -> Iterator[None]:
+        """From here on there is something to see; `done` rows are from earlier runs."""
+        self._done = done
+        self.restart()
+        if self._is_quiet or not sys.stderr.isatty():
+            yield
+            return
+        with (
+            tqdm(total=self._total, initial=done, unit="row", dynamic_ncols=True) as self._bar,
+            logging_redirect_tqdm(),
+        ):
+            yield
+        self._bar = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def restart(self) -> None:
+        """Count speed from now on: the model is loaded."""
+        self._begin = time.monotonic()
+        self._log_at = self._begin + LOG_SECONDS
         if self._bar is not None:
-            self._bar.close()
-            self._redirect.__exit__(kind, error, trace)
+            self._bar.unpause()
 
     def show(self, stats: ShardStats) -> None:
         """Take the totals of this run."""
-        seconds = time.monotonic() - self._start
+        seconds = max(time.monotonic() - self._begin, 1e-3)
         rows, speed = self._done + stats.rows, stats.output_tokens / seconds
         if self._bar is not None:
             # A lost replica's unfinished rows are done again, so the count can fall.
@@ -57,10 +66,5 @@ class Progress:
             self._log_at = time.monotonic() + LOG_SECONDS
             log.info(
                 "%d/%d rows, %.2f rows/s, %.0f tokens/s, tau %.2f, %d errors",
-                rows,
-                self._total,
-                stats.rows / seconds,
-                speed,
-                stats.tau,
-                stats.errors,
+                *(rows, self._total, stats.rows / seconds, speed, stats.tau, stats.errors),
             )

@@ -48,8 +48,7 @@ def error_types(output: Path, commits: Iterable[Commit]) -> dict[str, int]:
 
 def job_record(
     state: str,
-    commits: Mapping[int, Commit],
-    resumed: int,
+    total: ShardStats,
     stats: ShardStats,
     clock: Clock,
     facts: Mapping[str, Any],
@@ -58,19 +57,16 @@ def job_record(
 
     Args:
         state: `done`, `stopped` or `error_rate`.
-        commits: all of the job, by shard; resumed: how many of them earlier runs made.
+        total: of everything committed.
         stats: of what this run committed; its speed and tau.
         clock: speed counts from when the first replica was ready; a model's loading is no decoding.
         facts: what else to tell: output, model, method and the like.
     """
-    total = sum((commit.stats for commit in commits.values()), ShardStats())
     return {
         "state": state,
         "rows": total.rows,
         "ok": total.samples_ok,
         "errors": total.errors,
-        "shards": len(commits),
-        "resumed_shards": resumed,
         "seconds": round(clock.total, 3),
         "generating_seconds": round(clock.generating, 3),
         "tokens": stats.output_tokens,

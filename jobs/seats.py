@@ -215,4 +215,4 @@ def _unrunnable(error: RayError) -> JobError:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # The first line of Ray's text only says that an actor died; the last one says why.
-    return lines[-1][:200] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0][:200] if lines else type(error).__name__

@@ -3,16 +3,16 @@
 Knows addresses and sizes; nothing of torch or of how threads start: `pipeline.cpu_attention` plans and runs it.
 
 A layer's work is cut into units (`UNIT`): some nodes of one slot against a range of its keys. All threads of a team run
-the kernel and take pairs of unit and KV head from a shared counter until none is left. Query rows, that is nodes x query
-heads of the KV head's group, lie across SIMD lanes: keys and values are read once for all of them, and the softmax has no
-horizontal step. Keys are reduced in order, in chunks that start at multiples of `CHUNK` and are merged in order. So what
-a node gets does not depend, to the last bit, on the other nodes, the rest of the batch or the number of threads.
+the kernel and take pairs of unit and KV head from a shared counter until none is left. Query rows, that is nodes x
+query heads of the KV head's group, lie across SIMD lanes: keys and values are read once for all of them, and the
+softmax has no horizontal step. Keys are reduced in order, in chunks that start at multiples of `CHUNK` and are merged
+in order. So what a node gets does not depend, to the last bit, on the other nodes, the rest of the batch or the number
+of threads.
 """
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -24,15 +24,16 @@ from pipeline.simd import (
     Pointer,
     Vector,
     advance,
+    called,
+    exp,
     fetch_add,
     fill,
-    fma,
     fma_each,
+    inlined,
     load,
     pointer,
     prefetch,
     scatter,
-    shift_exponent,
     store,
     store_each,
     where_less,
@@ -66,9 +67,6 @@ ARGS = np.dtype([(name, np.int64) for name in _ADDRESSES + _SIZES] + [("scale", 
 how many units were taken, then how many parts are finished, by number of the first part and KV head.
 """
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-_called = cast(Callable[[_F], _F], numba.njit(error_model="numpy", no_cpython_wrapper=True))
-_inlined = cast(Callable[[_F], _F], numba.njit(error_model="numpy", no_cpython_wrapper=True, inline="always"))
 _LOWEST = -3.0e38  # in place of -inf, which less itself is NaN
 
 
@@ -78,9 +76,8 @@ class _Scratch(NamedTuple):
     queries: Pointer  # [D, rows]
     staged: Pointer  # [CHUNK + 8, width], a chunk's keys, then its values
     scores: Pointer  # [CHUNK + 8, rows]
-    part: (
-        Pointer  # result over one chunk: [rows] largest score, [rows] sum of exp(score - largest), [rows, width] values
-    )
+    # Results over a chunk: [rows] largest score, [rows] sum of exp(score - largest), [rows, width] weighted values.
+    part: Pointer
     total: Pointer  # the same over all chunks so far
 
 
@@ -91,23 +88,7 @@ def scratch_layout(rows: int, head_dim: int) -> tuple[int, int, int]:
     return width, part_size, head_dim * rows + (CHUNK + 8) * (width + rows) + 2 * part_size
 
 
-@_inlined
-def _exp(x: Vector) -> Vector:
-    """e**x for x <= 80 to 2 units in the last place, 0 below -87; the polynomial of Cephes' expf."""
-    magic = fill(x, 12582912.0)  # 1.5 * 2**23: adding it rounds to an integer
-    biased = fma(x, fill(x, 1.44269504088896341), magic)
-    k = biased - magic
-    r = fma(k, fill(x, 2.12194440e-4), fma(k, fill(x, -0.693359375), x))
-    p = fma(fill(x, 1.9875691500e-4), r, fill(x, 1.3981999507e-3))
-    p = fma(p, r, fill(x, 8.3334519073e-3))
-    p = fma(p, r, fill(x, 4.1665795894e-2))
-    p = fma(p, r, fill(x, 1.6666665459e-1))
-    p = fma(p, r, fill(x, 5.0000001201e-1))
-    p = fma(p * r, r, r) + fill(x, 1.0)
-    return where_less(x, fill(x, -87.0), fill(x, 0.0), shift_exponent(p, biased))
-
-
-@_called
+@called
 def _lay_out_queries(args: Any, query: Pointer, unit: Any, head: int, rows: int, queries: Pointer) -> None:
     """queries[d, i * group + g] = scaled element d of the KV head's query head g at the unit's node i; the rest 0."""
     group, head_dim, scale = args.group, args.head_dim, args.scale
@@ -115,16 +96,15 @@ def _lay_out_queries(args: Any, query: Pointer, unit: Any, head: int, rows: int,
     for place in range(0, head_dim * rows, NARROW):
         store(queries, place, fill(NARROW, 0.0))
     for row in range(unit.count * group):
-        base = (unit.node + row // group) * args.query_node_stride + (
-            head * group + row % group
-        ) * args.query_head_stride
+        node, query_head = unit.node + row // group, head * group + row % group
+        base = node * args.query_node_stride + query_head * args.query_head_stride
         for d in range(0, whole, _BLOCK):
             scatter(queries, d * rows + row, rows, load(fill(_BLOCK, 0.0), query, base + d) * fill(_BLOCK, scale))
         for d in range(whole, head_dim):
             scatter(queries, d * rows + row, rows, load(fill(1, 0.0), query, base + d) * fill(1, scale))
 
 
-@_called
+@called
 def _gather(
     args: Any,
     pool: Pointer,
@@ -163,7 +143,7 @@ def _gather(
         key += count
 
 
-@_called
+@called
 def _dot(
     like: Vector, queries: Pointer, rows: int, head_dim: int, keys: Pointer, width: int, count: int, scores: Pointer
 ) -> None:
@@ -176,23 +156,23 @@ def _dot(
         store_each(scores, j * rows, rows, sums)
 
 
-@_called
+@called
 def _cap(softcap: np.float32, count: int, scores: Pointer) -> None:
     """scores = softcap * tanh(scores / softcap), over `count` floats, a multiple of NARROW."""
     cap, one, two, limit = fill(NARROW, softcap), fill(NARROW, 1.0), fill(NARROW, 2.0), fill(NARROW, 80.0)
     for place in range(0, count, NARROW):
         x = two * load(cap, scores, place) / cap
         x = where_less(limit, x, limit, x)
-        store(scores, place, cap * (one - two / (one + _exp(x))))
+        store(scores, place, cap * (one - two / (one + exp(x))))
 
 
-@_called
+@called
 def _hide(args: Any, unit: Any, begin: int, end: int, rows: int, scores: Pointer) -> None:
     """Sets the scores of those keys of begin..end to -inf that a node may not see."""
     group, window = args.group, args.window
     starts, positions = pointer(args.starts, np.int32), pointer(args.positions, np.int32)
     mask, mask_start = pointer(args.mask, np.uint8), pointer(args.mask_starts, np.int64)[unit.slot]
-    cached = np.int64(pointer(args.cached, np.int32)[unit.slot])
+    cached: Any = np.int64(pointer(args.cached, np.int32)[unit.slot])
     start = np.int64(starts[unit.slot])
     size = starts[unit.slot + 1] - start
     for i in range(unit.count):
@@ -209,7 +189,7 @@ def _hide(args: Any, unit: Any, begin: int, end: int, rows: int, scores: Pointer
                     scores[(key - begin) * rows + i * group + g] = np.float32(-np.inf)
 
 
-@_called
+@called
 def _softmax(like: Vector, rows: int, count: int, scores: Pointer, part: Pointer) -> None:
     """scores = exp(scores - largest) for as many rows as `like` has lanes; the largest and the sum go to `part`."""
     largest = fill(like, _LOWEST)
@@ -218,14 +198,14 @@ def _softmax(like: Vector, rows: int, count: int, scores: Pointer, part: Pointer
         largest = where_less(largest, x, x, largest)
     total = fill(like, 0.0)
     for j in range(count):
-        x = _exp(load(like, scores, j * rows) - largest)
+        x = exp(load(like, scores, j * rows) - largest)
         store(scores, j * rows, x)
         total = total + x
     store(part, 0, largest)
     store(part, rows, total)
 
 
-@_called
+@called
 def _weigh(weights: Pointer, rows: int, used: int, values: Pointer, width: int, count: int, sums: Pointer) -> None:
     """sums[r] = sum over j of weights[j, r] * values[j], four rows at a time; rounds `used` up."""
     zero = fill(SLAB, 0.0)
@@ -237,14 +217,14 @@ def _weigh(weights: Pointer, rows: int, used: int, values: Pointer, width: int, 
             store_each(sums, row * width + column, width, block)
 
 
-@_called
+@called
 def _merge(total: Pointer, part: Pointer, rows: int, used: int, width: int) -> None:
     """Adds a part to the total: both are relative to their largest score and come to the larger of the two."""
     like, wide = fill(NARROW, 0.0), fill(SLAB, 0.0)
     for lane in range(0, rows, NARROW):
         old, new = load(like, total, lane), load(like, part, lane)
         largest = where_less(old, new, new, old)
-        old_factor, new_factor = _exp(old - largest), _exp(new - largest)
+        old_factor, new_factor = exp(old - largest), exp(new - largest)
         store(
             total, rows + lane, load(like, total, rows + lane) * old_factor + load(like, part, rows + lane) * new_factor
         )
@@ -257,7 +237,7 @@ def _merge(total: Pointer, part: Pointer, rows: int, used: int, width: int) -> N
         store(total, lane, largest)
 
 
-@_called
+@called
 def _finish(args: Any, unit: Any, head: int, rows: int, total: Pointer, out: Pointer) -> None:
     """Writes the unit's rows of the output [T, H, D]: values divided by the sum of their weights."""
     group, head_dim, width = args.group, args.head_dim, args.width
@@ -272,7 +252,7 @@ def _finish(args: Any, unit: Any, head: int, rows: int, total: Pointer, out: Poi
             store(out, base + d, load(fill(1, 0.0), total, place + d) * fill(1, scale))
 
 
-@_inlined
+@inlined
 def _attend_chunk(
     args: Any, element: Any, unit: Any, head: int, rows: int, begin: int, end: int, scratch: _Scratch, part: Pointer
 ) -> None:
@@ -299,7 +279,7 @@ def _attend_chunk(
     _weigh(scratch.scores, rows, unit.count * args.group, scratch.staged, width, count, advance(part, 2 * rows))
 
 
-@_inlined
+@inlined
 def _attend_unit(args: Any, element: Any, unit: Any, head: int, scratch: _Scratch) -> None:
     used = unit.count * args.group
     rows = (used + NARROW - 1) // NARROW * NARROW
@@ -311,7 +291,7 @@ def _attend_unit(args: Any, element: Any, unit: Any, head: int, scratch: _Scratc
     partials = advance(pointer(args.partials, np.float32), (unit.first * args.num_kv_heads + head) * args.part_size)
     stride = args.num_kv_heads * args.part_size
     part = scratch.part if unit.parts == 1 else advance(partials, unit.part * stride)
-    begin = np.int64(unit.begin)
+    begin: Any = np.int64(unit.begin)
     while begin < unit.end:
         end = min(begin - begin % CHUNK + CHUNK, np.int64(unit.end))
         _attend_chunk(args, element, unit, head, rows, begin, end, scratch, part)

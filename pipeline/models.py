@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -123,21 +122,19 @@ def load_causal_lm(
     device: torch.device | str,
     *,
     trust_remote_code: bool = False,
-    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """The model on `device`, in eval mode (as `from_pretrained` leaves it), without gradients.
 
     Args:
         dtype: of the weights; `auto` takes what the checkpoint says.
-        attention: name of an attention function known to transformers.
 
     Raises:
         ModelError: it cannot be loaded, is not decoder-only, or its files lack some of its weights.
     """
     config = load_config(resolved, trust_remote_code=trust_remote_code)
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": attention}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if resolved.gguf_file is not None:
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
+        arguments["quantization_config"] = _gguf_config()
     else:
         arguments["config"] = config
     try:
@@ -232,6 +229,16 @@ def _load_error(what: str, resolved: ResolvedModel, error: Exception) -> ModelEr
         else "Check that the files are complete and that this version of transformers knows the architecture."
     )
     return ModelError(f"The {what} of {resolved.name!r} cannot be loaded: {_first_line(error)} {remedy}")
+
+
+def _gguf_config() -> object:
+    try:
+        from transformers import GgufConfig
+    except ImportError as error:  # before transformers 5.18
+        raise ModelError(
+            "Reading GGUF files needs transformers 5.18 or newer; upgrade it, or give a directory of safetensors."
+        ) from error
+    return GgufConfig(dequantize=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,17 +1,18 @@
 """Explicit SIMD for numba kernels: registers of floats, raw pointers and an atomic counter.
 
 Loops over these become vector code by construction, where the automatic vectoriser depends on what it can prove about
-aliasing. Knows nothing of attention. All of it is for use inside compiled functions. Memory of bfloat16 is typed uint16;
-`load` widens it and `store` rounds to nearest even.
+aliasing. Knows nothing of attention. All of it is for use inside compiled functions. Memory of bfloat16 is typed
+uint16; `load` widens it and `store` rounds to nearest even.
 """
 
 import operator
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
+import numba
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
+from numba.core.types import Type
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 Vector: TypeAlias = Any  # a value of type `Lanes` in compiled code
@@ -20,13 +21,22 @@ Pointer: TypeAlias = Any  # a typed address in compiled code; p[i] reads and wri
 _WORD = ir.IntType(32)
 _FLOAT = ir.FloatType()
 
-# Numba's own types give an intrinsic the signature of the function that compiles it, not that of its calls.
-_Function: TypeAlias = Callable[..., Any]
-_intrinsic = cast(Callable[[_Function], _Function], intrinsic)
-_intrinsic_of_literals = cast(Callable[[_Function], _Function], intrinsic(prefer_literal=True))
+# Numba is typed in part, and its intrinsics with the signature of what compiles them, not with that of their calls.
+types: Any = numba.types
+_declare: Any = cgutils.get_or_insert_function
+_type_callable: Any = type_callable
+_lower_builtin: Any = lower_builtin
+_intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = cast(Any, intrinsic)
+_intrinsic_of_literals: Callable[[Callable[..., Any]], Callable[..., Any]] = cast(Any, intrinsic(prefer_literal=True))
 
 
-class Lanes(types.Type):
+_F = TypeVar("_F", bound=Callable[..., Any])
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True}
+called: Callable[[_F], _F] = cast(Any, numba.njit(**_OPTIONS))  # compiles a function that compiled code calls
+inlined: Callable[[_F], _F] = cast(Any, numba.njit(**_OPTIONS, inline="always"))  # or takes in
+
+
+class Lanes(Type):
     """A register of `width` floats (several machine registers where the processor's are narrower)."""
 
     def __init__(self, width: int) -> None:
@@ -37,7 +47,7 @@ class Lanes(types.Type):
 @register_model(Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: Lanes) -> None:
-        super().__init__(manager, lanes, ir.VectorType(_FLOAT, lanes.width))
+        super().__init__(manager, lanes, ir.VectorType(_FLOAT, lanes.width))  # type: ignore[no-untyped-call]
 
 
 def _words(width: int, value: int) -> Any:
@@ -52,7 +62,7 @@ def _splat(builder: Any, scalar: Any, width: int) -> Any:
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(a.type, [a.type] * 3)
     name = f"llvm.fmuladd.v{a.type.count}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
+    return builder.call(_declare(builder.module, kind, name), [a, b, c])
 
 
 def _round_to_bfloat16(builder: Any, vector: Any, width: int) -> Any:
@@ -65,13 +75,14 @@ def _round_to_bfloat16(builder: Any, vector: Any, width: int) -> Any:
 
 
 def _define(symbol: Any, instruction: str) -> None:
-    @type_callable(symbol)
     def typer_of(_context: Any) -> Any:
         return lambda a, b: a if isinstance(a, Lanes) and a == b else None
 
-    @lower_builtin(symbol, Lanes, Lanes)
     def emit(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         return getattr(builder, instruction)(*args)
+
+    _type_callable(symbol)(typer_of)
+    _lower_builtin(symbol, Lanes, Lanes)(emit)
 
 
 for _symbol, _name in (
@@ -121,7 +132,7 @@ def prefetch(_typing: Any, memory: Any, index: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
         place = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        call = _declare(builder.module, kind, "llvm.prefetch.p0")
         builder.call(call, [place, _WORD(0), _WORD(2), _WORD(1)])  # read, into the second level, data
         return context.get_dummy_value()
 
@@ -243,3 +254,19 @@ def shift_exponent(_typing: Any, a: Any, biased: Any) -> Any:
         return builder.bitcast(builder.add(builder.bitcast(args[0], words), shift), args[0].type)
 
     return a(a, a), emit
+
+
+@inlined
+def exp(x: Vector) -> Vector:
+    """e**x for x <= 80 to 2 units in the last place, 0 below -87; the polynomial of Cephes' expf."""
+    magic = fill(x, 12582912.0)  # 1.5 * 2**23: adding it rounds to an integer
+    biased = fma(x, fill(x, 1.44269504088896341), magic)
+    k = biased - magic
+    r = fma(k, fill(x, 2.12194440e-4), fma(k, fill(x, -0.693359375), x))
+    p = fma(fill(x, 1.9875691500e-4), r, fill(x, 1.3981999507e-3))
+    p = fma(p, r, fill(x, 8.3334519073e-3))
+    p = fma(p, r, fill(x, 4.1665795894e-2))
+    p = fma(p, r, fill(x, 1.6666665459e-1))
+    p = fma(p, r, fill(x, 5.0000001201e-1))
+    p = fma(p * r, r, r) + fill(x, 1.0)
+    return where_less(x, fill(x, -87.0), fill(x, 0.0), shift_exponent(p, biased))

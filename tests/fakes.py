@@ -18,7 +18,7 @@ from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
 from jobs.backend import Launch
 from jobs.config import GenerateConfig
-from jobs.plan import ModelFacts
+from jobs.plan import MemoryEstimate, ModelFacts
 from pipeline.errors import ModelError
 from pipeline.request import Generation
 
@@ -145,6 +145,10 @@ class FakeBackend:
     def facts(self, config: GenerateConfig) -> ModelFacts:
         """An identity that follows from the model's name alone."""
         return ModelFacts(config.model, None, f"weights of {config.model}", "tokenizer", self._template)
+
+    def memory(self, config: GenerateConfig) -> MemoryEstimate:
+        """1 GiB of weights and 2 GiB of KV cache."""
+        return MemoryEstimate("float32", 2048, 1 << 30, 1 << 16, 1 << 31)
 
     def launch(self, launch: Launch) -> Any:
         """A fake replica as an actor."""

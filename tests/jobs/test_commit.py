@@ -2,11 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,18 +88,29 @@ def test_clashing_columns_get_a_prefix_until_they_are_unique() -> None:
 
 
 def test_unwritable_part_leaves_nothing_behind(tmp_path: Path) -> None:
-    target = tmp_path / "gone" / "part.parquet"
+    writer = PartWriter(str(tmp_path / "gone" / "part.parquet"), SCHEMA.serialize().to_pybytes())
     with pytest.raises(JobError, match=r"cannot write part file .*part\.parquet.*Free space"):
-        PartWriter(str(target), SCHEMA.serialize().to_pybytes()).close()
+        writer.close()
 
-    (tmp_path / "gone").mkdir()
-    full = PartWriter(str(target), SCHEMA.serialize().to_pybytes())
-    # The file system's "no space" cannot be had on demand; a directory in the way fails at the same step.
-    target.mkdir()
-    (target / "x").touch()
-    with pytest.raises(JobError, match="cannot write part file"):
-        full.close()
-    assert sorted(path.name for path in (tmp_path / "gone").iterdir()) == ["part.parquet"]
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 100 bytes, which fails writes as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_full_disk_is_an_error_and_leaves_no_half_file(tmp_path: Path) -> None:
+    writer = PartWriter(str(tmp_path / "part.parquet"), SCHEMA.serialize().to_pybytes())
+    with pytest.raises(JobError, match=r"cannot write part file .*File too large.*the same command then resumes"):
+        writer.close()
+    with pytest.raises(JobError, match=r"cannot write .*plan\.json.*the same command then resumes"):
+        write_json(tmp_path / "plan.json", {"long": "x" * 200})
+    assert not (tmp_path / "part.parquet").exists()
+    assert not (tmp_path / "plan.json").exists()
 
 
 def crash_before_call(number: int, work: Callable[[], None]) -> bool:

@@ -1,5 +1,6 @@
 """The driver's loop on real Ray actors without a model: shards survive lost replicas, and nothing else is retried."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -105,10 +106,14 @@ def test_every_shard_is_committed_once_and_counted(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("on_ray")
 def test_killed_replica_is_replaced_and_its_shards_are_done_again(tmp_path: Path) -> None:
     listener = Listener()
+    killed: set[int] = set()
 
     def kill_one(count: int) -> None:
         if count in (2, 5):
-            os.kill(listener.infos[-1].pid, signal.SIGKILL)
+            killed.add(next(info.pid for info in reversed(listener.infos) if info.pid not in killed))
+            for pid in killed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     listener.on_commit = kill_one
     drive(tmp_path, Faults(seconds_a_row=0.05), listener)

@@ -68,14 +68,10 @@ def proposers_of(kind: str, outputs: dict[tuple[int, ...], list[int]]) -> Propos
     return Proposers(OracleDrafter(outputs), (ContextRetriever(AcceptanceTable()),))
 
 
-def assert_equal(
-    architecture: str, requests: list[Request], expected: list[list[int]], got: list[Generation]
-) -> None:
+def assert_equal(architecture: str, requests: list[Request], expected: list[list[int]], got: list[Generation]) -> None:
     model = tiny_model(architecture)
     for request, want, generation in zip(requests, expected, got, strict=True):
-        mismatch = first_mismatch(
-            model, request.prompt_ids, want, generation.token_ids, request.params, request.seed
-        )
+        mismatch = first_mismatch(model, request.prompt_ids, want, generation.token_ids, request.params, request.seed)
         assert mismatch is None or not mismatch.counts, (architecture, request.request_id, mismatch)
 
 

@@ -137,12 +137,10 @@ def test_moments_and_distribution_are_gumbel(axis: str) -> None:
     if axis == "tokens":
         noise = gumbel(torch.tensor([position_key(row_seed(1, 2, 3), 4)]), torch.arange(n)[None])[0]
     else:
-        keys = {
-            "positions": lambda i: position_key(row_seed(1, 2, 3), i),
-            "rows": lambda i: position_key(row_seed(1, i, 0), 4),
-            "samples": lambda i: position_key(row_seed(1, 2, i), 4),
-        }[axis]
-        noise = gumbel(torch.tensor([keys(i) for i in range(n)]), torch.full((n, 1), 77))[:, 0]
+        steps = {"rows": (1, 0, 0), "samples": (0, 1, 0), "positions": (0, 0, 1)}
+        row, sample, position = steps[axis]
+        keys = [position_key(row_seed(1, i * row, i * sample), i * position) for i in range(n)]
+        noise = gumbel(torch.tensor(keys), torch.full((n, 1), 77))[:, 0]
     values = noise.double().numpy()
     assert abs(values.mean() - EULER_GAMMA) < 5 * math.sqrt(math.pi**2 / 6 / n)
     assert values.var() == pytest.approx(math.pi**2 / 6, rel=0.04)

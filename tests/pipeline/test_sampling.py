@@ -1,7 +1,9 @@
 """Choices follow transformers' processors, the exact distribution, and nothing but the row they are made for."""
 
+import math
 from collections.abc import Sequence
 from itertools import product
+from typing import cast
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ FILTERS = [
     SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     for temperature, top_k, top_p, min_p in product((0.6, 1.3), (0, 5), (1.0, 0.7), (0.0, 0.1))
 ] + [SamplingParams(temperature=1.0, top_k=1), SamplingParams(temperature=1.0, top_p=0.01, min_p=1.0)]
-NO_IDS = torch.zeros((1, 1), dtype=torch.int64)
+NO_IDS = cast(torch.LongTensor, torch.zeros((1, 1), dtype=torch.int64))
 
 
 def reference_scores(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -41,8 +43,7 @@ def reference_scores(logits: torch.Tensor, params: SamplingParams) -> torch.Tens
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         warpers.append(MinPLogitsWarper(params.min_p))
-    scores: torch.Tensor = warpers(NO_IDS, logits.float())
-    return scores
+    return warpers(NO_IDS, cast(torch.FloatTensor, logits.float()))
 
 
 def with_noise(scores: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
@@ -178,7 +179,7 @@ def test_logits_are_not_modified(params: SamplingParams) -> None:
 
 def chi_square_bound(degrees: int) -> float:
     """About the 1 - 1e-5 quantile (Wilson and Hilferty 1931)."""
-    return degrees * (1 - 2 / (9 * degrees) + 4.3 * (2 / (9 * degrees)) ** 0.5) ** 3
+    return degrees * (1 - 2 / (9 * degrees) + 4.3 * math.sqrt(2 / (9 * degrees))) ** 3
 
 
 @pytest.mark.parametrize(

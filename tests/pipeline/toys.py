@@ -33,7 +33,10 @@ def trees(draw: st.DrawFn, max_nodes: int = 12, vocabulary: int = 4) -> TokenTre
             parents.append(parent)
             tokens.append(token)
     n = len(tokens)
-    tree = TokenTree.of(tokens, parents, "context", draw(st.lists(st.floats(0, 1, width=32), min_size=n, max_size=n)))
+    score = draw(
+        st.sampled_from((st.floats(0, 1, width=32), st.sampled_from((0.25, 0.5, 1.0))))
+    )  # some trees with ties
+    tree = TokenTree.of(tokens, parents, "context", draw(st.lists(score, min_size=n, max_size=n)))
     tree.sources[:] = draw(st.lists(st.integers(0, len(SOURCES) - 1), min_size=n, max_size=n))
     tree.matches[:] = draw(st.lists(st.integers(0, 40), min_size=n, max_size=n))
     return tree
@@ -67,11 +70,13 @@ class ToyTarget:
 
     def __init__(self, num_pages: int, page_size: int, vocabulary: int = 5) -> None:
         self.vocabulary = vocabulary
+        self.config = SimpleNamespace(vocab_size=vocabulary)
         self.device = torch.device("cpu")
         self.page_size = page_size
         self.cache = SimpleNamespace(keys=np.empty((1, num_pages)), page_size=page_size, move=self._move)
         self.num_computed = 0
         self.num_forwards = 0
+        self.longest_prefill = 0
         self._pool: list[Entry | None] = [None] * (num_pages * page_size)
 
     def next_token(self, prefix: Sequence[int]) -> int:
@@ -89,6 +94,7 @@ class ToyTarget:
     def forward(self, runs: list[Run]) -> Forward:
         """Checks what is cached, writes what is new and gives one-hot logits."""
         self.num_forwards += 1
+        self.longest_prefill = max(self.longest_prefill, sum(len(run.known) for run in runs if len(run.known) > 1))
         logits: list[torch.Tensor] = []
         begin: list[int] = []
         self._check_places(runs)

@@ -1,0 +1,125 @@
+"""The whole product with the embedded model: `ray job submit` runs it, and SIGKILL in the middle costs no row."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.commit import read_commits
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# What a resumed job must have in common with an undisturbed one (design section 8): everything but statistics.
+EXACT = ["row_index", "id", "sample", "prompt", "text", "token_ids", "finish_reason", "seed", "status", "error_type"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    subjects = ["the sea", "bread", "a clock", "winter", "copper", "a long road", "chess", "rain"]
+    rows = [
+        {"id": f"p{i}", "prompt": f"Here is a short note about {subject}. It"} for i, subject in enumerate(subjects)
+    ]
+    path.write_text("\n".join([*map(json.dumps, rows), "{broken"]) + "\n")
+    return path
+
+
+def options(prompts: Path, output: Path, *more: str) -> list[str]:
+    words = ["--model", "smollm2-135m", "--prompts", str(prompts), "--output", str(output), "--max-context", "256"]
+    return [*words, "--max-new-tokens", "12", "--rows-per-shard", "2", "--budget", "6", *more]
+
+
+def table_of(output: Path) -> pa.Table:
+    return pq.read_table([output / commit.file for commit, _ in read_commits(output) if commit])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Environment for the commands of a local head with token authentication and a dashboard of its own."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    port, dashboard = free_port(), free_port()
+    environment |= {
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", "--include-dashboard=true", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    # Another Ray on this machine has the default port, and without its agent a node takes no jobs.
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    yield environment
+    # Its processes are one group; asked politely they take half a minute.
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def submit(environment: dict[str, str], words: list[str]) -> "subprocess.CompletedProcess[str]":
+    """`ray job submit`, tried again while the head's job server and agent are not up yet."""
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.generate", *words]
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+        if "submitted successfully" in done.stdout or time.monotonic() > deadline:
+            return done
+        time.sleep(2)
+
+
+def test_submitted_job_runs_on_the_cluster(tmp_path: Path, prompts: Path, head: dict[str, str]) -> None:
+    output = tmp_path / "out"
+    done = submit(head, options(prompts, output, "--method", "plain", "--slots", "4"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"state": "done"' in done.stdout
+    table = table_of(output)
+    assert table["row_index"].to_pylist() == list(range(9))
+    assert table["status"].to_pylist() == ["ok"] * 8 + ["error"]
+    assert all(table["text"].to_pylist()[:8])
+
+
+@pytest.mark.chaos
+def test_sigkill_in_the_middle_and_the_same_command_again_give_every_row_once(
+    tmp_path: Path, prompts: Path, cluster: str
+) -> None:
+    command = [sys.executable, "-m", "jobs.cli", "generate"]
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "out"
+    words = ["--quiet", "--ray-address", cluster]
+    subprocess.run(
+        [*command, *options(prompts, undisturbed, *words, "--slots", "1", "--method", "plain")],
+        cwd=ROOT,
+        check=True,
+        timeout=250,
+    )
+    killed = [*command, *options(prompts, output, *words, "--slots", "4", "--method", "context")]
+    process = subprocess.Popen(killed, cwd=ROOT)
+    deadline = time.monotonic() + 250
+    while not list((output / "_commits").glob("*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run(killed, cwd=ROOT, check=True, timeout=250)
+    assert table_of(output).select(EXACT).equals(table_of(undisturbed).select(EXACT))
+    assert table_of(output)["row_index"].to_pylist() == list(range(9))
