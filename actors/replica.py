@@ -20,7 +20,7 @@ from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
 from pipeline.assemble import EngineOptions, build_engine
-from pipeline.errors import JobError, RowError
+from pipeline.errors import ConfigError, JobError, RowError
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
@@ -91,6 +91,7 @@ class Replica:
         device = _device(config.device)
         resolved = resolve_model(config.model, config.revision)
         tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
+        _check_stops(config.sampling, tokenizer)
         model = load_causal_lm(
             resolved, getattr(torch, config.dtype), device, trust_remote_code=config.trust_remote_code
         )
@@ -177,6 +178,16 @@ class Replica:
         writer.add(record)
         with self._stats_lock:
             self._stats += stats_of(record)
+
+
+def _check_stops(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Special tokens are left out of the text, so as stop strings they would never be found."""
+    for stop in params.stop:
+        if stop in tokenizer.all_special_tokens:
+            token_id = tokenizer.convert_tokens_to_ids(stop)
+            raise ConfigError(
+                f"--stop is {stop!r}, a special token, which the text leaves out; use --stop-token-ids {token_id}."
+            )
 
 
 def _device(name: str) -> str:

@@ -97,7 +97,9 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def measure_step_times(target: Target) -> StepTimes:
     """Seconds of a verification pass by its number of rows, from passes over an empty cache; a second on a CPU."""
     seconds = []
-    for rows in _TIMED_ROWS:
+    room = target.cache.keys.shape[1] * PAGE_SIZE
+    timed = [rows for rows in _TIMED_ROWS if rows <= room]
+    for rows in timed:
         pages = PageRun(pages=list(range(-(-rows // PAGE_SIZE))))
         run = Run(np.zeros(rows, np.int32), EMPTY_TREE, 0, pages, True)
         best = np.inf
@@ -106,7 +108,7 @@ def measure_step_times(target: Target) -> StepTimes:
             target.forward([run]).logits.argmax(dim=-1).cpu()
             best = min(best, time.perf_counter() - begin)
         seconds.append(best)
-    return StepTimes(_TIMED_ROWS, seconds)
+    return StepTimes(timed, seconds)
 
 
 def _max_context(model: PreTrainedModel, asked: int | None) -> int:

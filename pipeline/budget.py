@@ -25,14 +25,15 @@ class StepTimes:
 
     def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
         known = np.maximum.accumulate(np.asarray(seconds, np.float64))
-        slope = (known[-1] - known[-2]) / (rows[-1] - rows[-2]) if len(rows) > 1 else known[-1] / rows[-1]
+        half = len(rows) // 2  # over the upper half: one slow measurement must not make the slope vanish
+        slope = (known[-1] - known[half - 1]) / (rows[-1] - rows[half - 1]) if half else known[-1] / rows[-1]
         self._seconds = np.interp(_GRID, rows, known) + slope * np.maximum(_GRID - rows[-1], 0)
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learns from one round; a round far off the estimate (a paused machine) counts as twice that at most."""
         expected = float(self(np.array([rows]))[0])
         change = _SMOOTHING * (min(seconds, 2 * expected) / expected - 1.0)
-        nearness = np.clip(1.0 - np.abs(np.log2(_GRID / rows)), 0.0, 1.0)
+        nearness = np.clip(1.0 - np.abs(np.log2(_GRID / min(rows, _GRID[-1]))), 0.0, 1.0)
         self._seconds = np.maximum.accumulate(self._seconds * (1.0 + change * nearness))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -59,12 +60,16 @@ def select(
     assert times is not None
     if not any(len(tree) for tree in trees):
         return list(trees)
-    ranked = np.sort(np.concatenate(values))[::-1]
+    joined = np.concatenate(values)
+    order = np.argsort(-joined, kind="stable")  # of equal nodes the parent comes first
+    ranked = joined[order]
     nodes = np.arange(len(ranked) + 1)
     tokens = len(trees) + np.concatenate([[0.0], np.cumsum(ranked)])
     best = int(np.argmax(tokens / times(other_rows + len(trees) + nodes)))
-    threshold = ranked[best - 1] if best else np.inf
-    return [prune(tree, value >= threshold) for tree, value in zip(trees, values, strict=True)]
+    keep = np.zeros(len(ranked), np.bool_)
+    keep[order[:best]] = True
+    ends = np.cumsum([len(tree) for tree in trees])[:-1]
+    return [prune(tree, part) for tree, part in zip(trees, np.split(keep, ends), strict=True)]
 
 
 def _best(tree: TokenTree, values: np.ndarray, budget: int) -> TokenTree:

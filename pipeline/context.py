@@ -101,8 +101,9 @@ def _matches_of(tokens: np.ndarray, links: np.ndarray, length: int, order: int) 
     lengths = np.empty(_MAX_LINKS, np.int32)
     found = 0
     place = links[2 - order, last]
-    for _ in range(_MAX_LINKS if order == 2 else _MAX_UNIGRAM_LINKS):
-        if place < 0:
+    most = _MAX_LINKS if order == 2 else _MAX_UNIGRAM_LINKS
+    for _ in range(_MAX_LINKS):
+        if place < 0 or found == most:
             break
         match = 0
         while match < MAX_MATCH and match <= place and tokens[place - match] == tokens[last - match]:

@@ -101,6 +101,14 @@ class Engine:
                 f"The prompt has {num_prompt} tokens; the context holds {self._config.max_context} with at least one "
                 "output token. Shorten the prompt, or raise --max-context or --kv-memory if the model allows.",
             )
+        vocabulary = self._target.config.vocab_size
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
+            outside = next(token for token in request.prompt_ids if not 0 <= token < vocabulary)
+            raise RowError(
+                "invalid_token",
+                f"The prompt holds token id {outside}, outside the model's vocabulary of {vocabulary}; "
+                "the tokenizer does not belong to the model.",
+            )
         max_new_tokens = min(request.params.max_new_tokens, self._config.max_context - num_prompt)
         stop = StopCheck(request.params, max_new_tokens, self._eos_ids, self._decoder)
         self._scheduler.submit(Slot.of(request, stop))
@@ -121,7 +129,7 @@ class Engine:
         draft = self._drafter.draft(views)
         retrieved = [retriever.lookup(views) for retriever in self._retrievers]
         fused = [fuse(trees) for trees in zip(draft.trees, *retrieved, strict=True)]
-        trees = select(fused, self._config.budget, self._times)
+        trees = select(fused, self._config.budget, self._times, self._scheduler.prefill_rows())
         work = self._scheduler.plan({slot.number: tree for slot, tree in zip(decoding, trees, strict=True)})
         forward, choices = self._verify(work)
         return self._commit(work, forward, choices)
@@ -131,6 +139,7 @@ class Engine:
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         """One target forward pass over all runs and the target's choice after every node; times itself."""
+        self._move([self._scheduler.take_copies()])
         begin = time.perf_counter()
         forward = self._target.forward([item.run for item in work])
         choices = self._choose(work, forward)

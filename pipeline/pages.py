@@ -3,19 +3,22 @@
 A page holds `page_size` consecutive tokens of one sequence. A page whose tokens are all committed is *published*
 under (the page before it, its tokens); any sequence that continues a published chain with the same tokens shares the
 page instead of computing it. A page nobody uses stays published until its memory is needed, oldest first, ends before
-beginnings. Keys compare tokens themselves, so a hash collision cannot mix sequences up.
+beginnings. Where a sequence leaves the chain in the middle of a page, it copies the tokens it has in common with it.
+Keys compare tokens themselves, so a hash collision cannot mix sequences up.
 Source: paged attention (Kwon et al., arXiv 2309.06180) with vLLM's prefix caching.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 
 ChainKey = tuple[int, bytes]
 _ROOT_CHAIN = 0
+_MAX_LENDERS = 8  # pages compared for a copy: after a template all of them begin alike
+_MIN_BORROWED = 4  # tokens; fewer are computed as fast as copied
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class PagePool:
         self._published: dict[ChainKey, tuple[int, int]] = {}  # key -> (page, chain id)
         self._key_of: dict[int, ChainKey] = {}
         self._chain_ids = count(_ROOT_CHAIN + 1)
+        self._lenders: dict[int, dict[int, np.ndarray]] = {}  # chain -> pages that follow it -> their committed tokens
+        self._chain_before: dict[int, int] = {}  # lending page -> the chain it follows
 
     @property
     def num_idle(self) -> int:
@@ -95,6 +100,22 @@ class PagePool:
             num_cached += size
         return num_cached
 
+    def borrow(self, run: PageRun, tokens: np.ndarray, num_cached: int) -> tuple[int, int, int] | None:
+        """A page whose first tokens continue `run`, to be copied into a new page of it, after `share` found no more.
+
+        Returns:
+            (source, target, n): pool token indices of n tokens and of their new place; None if nothing can be copied.
+        """
+        size = self.page_size
+        if num_cached != run.num_published * size or len(run.pages) != run.num_published:
+            return None
+        wanted = tokens[num_cached : min(num_cached + size, len(tokens) - 1)]
+        lenders = islice(reversed(self._lenders.get(run.chain, {}).items()), _MAX_LENDERS)
+        length, page = max(((_common_length(wanted, lent), page) for page, lent in lenders), default=(0, -1))
+        if length < _MIN_BORROWED or not self.grow(run, num_cached + length):
+            return None
+        return page * size, run.pages[-1] * size, length
+
     def next_key(self, run: PageRun, tokens: np.ndarray) -> ChainKey | None:
         """Key of the first page of `run` that is not published yet; None if `tokens` do not fill it."""
         begin = run.num_published * self.page_size
@@ -102,7 +123,7 @@ class PagePool:
         return (run.chain, tokens[begin:end].tobytes()) if end <= len(tokens) else None
 
     def publish(self, run: PageRun, tokens: np.ndarray) -> None:
-        """Publishes every page of `run` filled by the committed `tokens` ([L] int32)."""
+        """Publishes the pages of `run` that the committed `tokens` ([L] int32) fill, and lends the one being filled."""
         while (key := self.next_key(run, tokens)) is not None:
             page = run.pages[run.num_published]
             hit = self._published.get(key)
@@ -110,8 +131,12 @@ class PagePool:
                 hit = (page, next(self._chain_ids))
                 self._published[key] = hit
                 self._key_of[page] = key
+                self._lend(page, run.chain, tokens[run.num_published * self.page_size :][: self.page_size])
             run.num_published += 1
             run.chain = hit[1]
+        tail = tokens[run.num_published * self.page_size :]
+        if len(tail) >= _MIN_BORROWED:
+            self._lend(run.pages[run.num_published], run.chain, tail)
 
     def release(self, run: PageRun) -> None:
         """Gives all pages back; published ones stay findable until their memory is needed."""
@@ -125,13 +150,29 @@ class PagePool:
         self._users[page] -= 1
         if self._users[page] == 0:
             self._idle[page] = None
-            if page not in self._key_of:
+            if page not in self._key_of and page not in self._chain_before:  # of no use to anyone: taken first
                 self._idle.move_to_end(page, last=False)
 
     def _forget(self, page: int) -> None:
         key = self._key_of.pop(page, None)
         if key is not None:
             del self._published[key]
+        chain = self._chain_before.pop(page, None)
+        if chain is not None:
+            del self._lenders[chain][page]
+            if not self._lenders[chain]:
+                del self._lenders[chain]
+
+    def _lend(self, page: int, chain: int, tokens: np.ndarray) -> None:
+        self._chain_before[page] = chain
+        self._lenders.setdefault(chain, {})[page] = tokens.copy()
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """Tokens that two sequences begin with in common."""
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 def block_table(runs: Sequence[PageRun]) -> np.ndarray:

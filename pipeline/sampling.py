@@ -99,9 +99,9 @@ def _sample_scores(scores: torch.Tensor, rows: Sequence[ChoiceRow]) -> torch.Ten
         ids = torch.arange(scores.shape[1], device=device).expand_as(scores)
         return scores + gumbel(keys, ids.contiguous())
     num_candidates = min(scores.shape[1], max(_NUM_CANDIDATES, 2 * max(row.params.top_k for row in rows)))
-    values, ids, kept = _filter(scores, rows, num_candidates)
-    if num_candidates < scores.shape[1] and bool(kept[:, -1].any()):  # the cut may lie beyond the candidates
-        values, ids, kept = _filter(scores, rows, scores.shape[1])
+    values, ids, kept, is_cut_off = _filter(scores, rows, num_candidates)
+    if num_candidates < scores.shape[1] and is_cut_off:
+        values, ids, kept, _ = _filter(scores, rows, scores.shape[1])
     width = int(kept.sum(dim=1).max())
     values, ids, kept = values[:, :width], ids[:, :width].contiguous(), kept[:, :width]
     noisy = (values + gumbel(keys, ids)).masked_fill(~kept, -torch.inf)
@@ -114,7 +114,7 @@ def _keeps_all(params: SamplingParams) -> bool:
 
 def _filter(
     scores: torch.Tensor, rows: Sequence[ChoiceRow], num_candidates: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
     """The `num_candidates` best tokens of each row and which of them the filters keep.
 
     Returns:
@@ -129,6 +129,7 @@ def _filter(
     top_k = column([min(row.params.top_k or vocabulary, vocabulary) for row in rows])
     kth = values.gather(1, top_k.clamp(max=num_candidates) - 1)
     kept = (values >= kth) | (top_k > num_candidates)  # ties with the k-th token stay, as in transformers
+    is_tied_beyond = kept[:, -1:] & (top_k < vocabulary)  # tokens that tie with the k-th lie beyond the candidates
     survivors = values.masked_fill(~kept, -torch.inf)
     total = torch.where(
         top_k >= vocabulary, scores.logsumexp(dim=1, keepdim=True), survivors.logsumexp(dim=1, keepdim=True)
@@ -138,4 +139,5 @@ def _filter(
     kept &= mass_before < column([row.params.top_p if row.params.top_p < 1.0 else np.inf for row in rows])
     kept &= (values - values[:, :1]).exp() >= column([row.params.min_p for row in rows])
     kept[:, 0] = True
-    return values, ids, kept
+    kept = values >= values.masked_fill(~kept, torch.inf).amin(dim=1, keepdim=True)
+    return values, ids, kept, bool((is_tied_beyond | kept[:, -1:]).any())

@@ -43,6 +43,7 @@ class Scheduler:
         self._waiting: deque[Slot] = deque()
         self._active: list[Slot] = []  # by admission order, oldest first
         self._admitted = 0
+        self._copies: dict[int, tuple[int, int, int]] = {}  # slot number -> copy to make before the next forward pass
 
     @property
     def has_work(self) -> bool:
@@ -56,9 +57,10 @@ class Scheduler:
         """Moves waiting requests into free slots while their known tokens find pages."""
         while self._waiting and self._free:
             slot = self._waiting[0]
-            slot.cached = self.pool.share(slot.pages, slot.known, 0)
+            slot.cached = self.pool.share(slot.pages, slot.known, 0)  # copies wait until the slot is sure
             needed = self.pool.pages_for(slot.length + 1) - len(slot.pages.pages)
-            promised = sum(self.pool.pages_for(s.length + 1) - len(s.pages.pages) for s in self._active)
+            missing = (self.pool.pages_for(other.length + 1) - len(other.pages.pages) for other in self._active)
+            promised = sum(max(0, pages) for pages in missing)
             if self._active and needed + promised > self.pool.num_idle:
                 self._evict_pages(slot)
                 return
@@ -74,6 +76,10 @@ class Scheduler:
         """Slots that can use a tree: output has begun, and all known tokens but the root are cached."""
         return [slot for slot in self._active if slot.is_decoding and slot.num_output > 0]
 
+    def prefill_rows(self) -> int:
+        """Prompt tokens that this round's chunks will hold, if none of them can be shared."""
+        return min(self._prefill_chunk, sum(slot.num_pending for slot in self._active if not slot.is_decoding))
+
     def plan(self, trees: dict[int, TokenTree]) -> list[Work]:
         """The round's runs: a root and its tree for decoding slots (by slot number), chunks for the others."""
         work = self._decode_work(trees)
@@ -84,8 +90,9 @@ class Scheduler:
                 continue
             slot.cached = self.pool.share(slot.pages, slot.known, slot.cached)
             key = self.pool.next_key(slot.pages, slot.known)
-            if key in computing:
+            if key in computing:  # the whole page can be shared next round, which is better than copying a part
                 continue
+            self._borrow(slot)
             size = min(chunk_left, slot.num_pending)
             if not self.pool.grow(slot.pages, slot.cached + size):
                 size = min(size, (len(slot.pages.pages) + self.pool.num_idle) * self.pool.page_size - slot.cached)
@@ -102,26 +109,39 @@ class Scheduler:
         return work
 
     def _decode_work(self, trees: dict[int, TokenTree]) -> list[Work]:
+        for slot in [slot for slot in self._active if slot.is_decoding]:  # roots first: trees take what is left
+            while slot.number >= 0 and not self.pool.grow(slot.pages, slot.cached + 1):
+                self._requeue(self._active[-1])
         work: list[Work] = []
         for slot in [slot for slot in self._active if slot.is_decoding]:
-            if slot.number < 0:  # requeued for an older slot's sake
-                continue
             tree = trees.get(slot.number, EMPTY_TREE)
-            while not self.pool.grow(slot.pages, slot.cached + 1 + len(tree)):
-                if len(tree):
-                    tree = self._shrink(slot, tree)
-                else:
-                    self._requeue(self._active[-1])
-                    if slot.number < 0:
-                        break
-            if slot.number >= 0:
-                work.append(Work(slot, Run(slot.known[slot.cached :], tree, slot.cached, slot.pages, True)))
-        return [item for item in work if item.slot.number >= 0]
+            if not self.pool.grow(slot.pages, slot.cached + 1 + len(tree)):
+                tree = self._shrink(slot, tree)
+                self.pool.grow(slot.pages, slot.cached + 1 + len(tree))
+            work.append(Work(slot, Run(slot.known[slot.cached :], tree, slot.cached, slot.pages, True)))
+        return work
 
     def _shrink(self, slot: Slot, tree: TokenTree) -> TokenTree:
         """The first nodes of a tree that the remaining pages hold; nodes come parents first, so the rest can go."""
         room = (len(slot.pages.pages) + self.pool.num_idle) * self.pool.page_size - slot.cached - 1
-        return prune(tree, np.arange(len(tree)) < max(room, 0))
+        return prune(tree, np.arange(len(tree)) < room)
+
+    def _borrow(self, slot: Slot) -> None:
+        """Copies what another page has in common with the slot's next one, if that is worth it."""
+        copy = self.pool.borrow(slot.pages, slot.known, slot.cached)
+        if copy is not None:
+            self._copies[slot.number] = copy
+            slot.cached += copy[2]
+
+    def take_copies(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pool token indices to copy from and to, [n] int64 each, before the planned runs are computed."""
+        copies = list(self._copies.values())
+        self._copies.clear()
+        spans = [np.arange(n) for _, _, n in copies]
+        sources = [source + span for (source, _, _), span in zip(copies, spans, strict=True)]
+        targets = [target + span for (_, target, _), span in zip(copies, spans, strict=True)]
+        empty = np.empty(0, np.int64)
+        return np.concatenate([empty, *sources]), np.concatenate([empty, *targets])
 
     def finish(self, slot: Slot) -> None:
         """The request is done: its slot and pages are free, its pages findable while memory lasts."""
@@ -134,6 +154,7 @@ class Scheduler:
 
     def _leave(self, slot: Slot) -> None:
         self._active.remove(slot)
+        self._copies.pop(slot.number, None)
         self._free.append(slot.number)
         for retriever in self._retrievers:
             retriever.release(slot.number)

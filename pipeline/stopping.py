@@ -46,8 +46,13 @@ class StopCheck:
         return text[: min(cuts)] if cuts else text
 
     def _ends_in_stop_string(self, output: np.ndarray) -> bool:
-        window = output[-(self._longest_stop + _LOOK_BACK) :]
+        size = self._longest_stop + _LOOK_BACK
+        window = output[-size:]
         tail = self._decode(window)
+        while len(window) < len(output) and len(tail.encode()) < self._longest_stop:  # special tokens have no text
+            size *= 2
+            window = output[-size:]
+            tail = self._decode(window)
         if not any(stop in tail for stop in self._params.stop):
             return False
         text = tail if len(window) == len(output) else self._decode(output)

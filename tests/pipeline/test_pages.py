@@ -29,14 +29,14 @@ class Sequence:
 class Pages(RuleBasedStateMachine):
     """Sequences over two tokens, so that they share prefixes often; a model of what every page really holds."""
 
-    @initialize(num_pages=st.integers(1, 8), page_size=st.integers(1, 3))
+    @initialize(num_pages=st.integers(1, 8), page_size=st.integers(1, 7))
     def start(self, num_pages: int, page_size: int) -> None:
         self.pool = PagePool(num_pages, page_size)
         self.size = page_size
         self.content: dict[int, Prefix] = {}  # page -> the prefix its tokens end, itself included
         self.sequences: list[Sequence] = []
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12))
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
     def come(self, tokens: list[int]) -> None:
         sequence = Sequence(tokens)
         self.sequences.append(sequence)
@@ -55,6 +55,23 @@ class Pages(RuleBasedStateMachine):
             assert len(sequence.run.pages) * self.size == sequence.cached, "room beside shared pages is kept"
         for i in range(sequence.cached // self.size):
             assert self.content[sequence.run.pages[i]] == tuple(sequence.tokens[: (i + 1) * self.size])
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def borrow(self, data: st.DataObject) -> None:
+        """Copies the beginning of a page; what is copied must be the sequence's own next tokens."""
+        sequence = data.draw(st.sampled_from(self.sequences))
+        before = sequence.cached
+        copy = self.pool.borrow(sequence.run, sequence.known, before)
+        if copy is None:
+            return
+        source, target, length = copy
+        sequence.cached += length
+        assert before < sequence.cached < len(sequence.tokens)
+        prefix = tuple(sequence.tokens[: sequence.cached])
+        assert source % self.size == 0 and target == sequence.run.pages[-1] * self.size
+        assert self.content[source // self.size][: sequence.cached] == prefix
+        self.content[target // self.size] = prefix
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), spare=st.integers(0, 4))
@@ -118,7 +135,7 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
-TestPages.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+TestPages.settings = settings(deadline=None, max_examples=80, stateful_step_count=30)
 
 
 def computed(pool: PagePool, tokens: list[int]) -> PageRun:

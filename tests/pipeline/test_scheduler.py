@@ -110,8 +110,8 @@ def assert_plain(toy: ToyTarget, requests: Sequence[Request], finished: Sequence
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_every_request_ends_once_with_plain_text_in_any_pool(data: st.DataObject) -> None:
-    page_size, num_pages = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 12))
-    max_context = max(2, page_size * num_pages)
+    page_size, num_pages = data.draw(st.integers(1, 12)), data.draw(st.integers(2, 12))
+    max_context = min(max(2, page_size * num_pages), 60)
     toy = ToyTarget(num_pages, page_size, vocabulary=data.draw(st.integers(2, 5)))
     templates = data.draw(st.lists(st.lists(st.integers(0, 1), max_size=max_context), min_size=1, max_size=3))
     prompt = st.builds(
@@ -236,6 +236,17 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
     requests = [request(i, prompt, 1) for i in range(8)]
     assert_plain(toy, requests, run_all(engine_of(toy, (), 8, 512, 0, 600), requests, 50), 600)
     assert toy.num_computed <= 320 + 7 * 16
+
+
+def test_samples_of_one_prompt_compute_it_once_after_another_that_begins_alike() -> None:
+    """What can be copied from the older prompt must not keep the samples from sharing the page of the first of them."""
+    toy = ToyTarget(num_pages=100, page_size=16)
+    engine = engine_of(toy, (), 9, 512, 0, 600)
+    run_all(engine, [request(0, [1, 2, 3, 4] * 3 + [0] * 10, 1)], 10)
+    computed = toy.num_computed
+    requests = [request(i, [1, 2, 3, 4] * 3 + [2] * 5, 1) for i in range(8)]
+    assert_plain(toy, requests, run_all(engine, requests, 50), 600)
+    assert toy.num_computed - computed == 4 + 1 + 7
 
 
 def test_a_prefix_is_waited_for_when_chunks_are_smaller_than_pages() -> None:
