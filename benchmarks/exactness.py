@@ -28,7 +28,7 @@ def main() -> None:
     arguments.add_argument("--per-task", type=int, default=7)
     arguments.add_argument("--max-new-tokens", type=int, default=32)
     arguments.add_argument("--slots", type=int, nargs="+", default=[1, 4, 16])
-    arguments.add_argument("--sampled-slots", type=int, nargs="+", default=[1, 16])
+    arguments.add_argument("--sampled-slots", type=int, nargs="*", default=[1, 16])
     arguments.add_argument("--methods", nargs="+", default=["plain", "context"])
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = arguments.parse_args()
@@ -39,7 +39,7 @@ def main() -> None:
     greedy = SamplingParams(max_new_tokens=options.max_new_tokens)
     sampled = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=0.8, top_p=0.9)
     expected = [generate(model, prompt.ids, options.max_new_tokens) for prompt in prompts]
-    expected_sampled = _run(options, dtype, "plain", 1, prompts, sampled)
+    expected_sampled = _run(options, dtype, "plain", 1, prompts, sampled) if options.sampled_slots else []
     rows = []
     for method in options.methods:
         for slots in options.slots:

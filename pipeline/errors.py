@@ -39,6 +39,9 @@ class RowError(RasdError):
         super().__init__(message)
         self.error_type = error_type
 
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
+        return RowError, (self.error_type, str(self))  # pickling passes `args` alone otherwise
+
 
 class JobError(RasdError):
     """The job failed; what is committed stays, and the same command resumes it."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -93,21 +94,26 @@ def test_unwritable_part_leaves_nothing_behind(tmp_path: Path) -> None:
         writer.close()
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes, which fails writes as a full disk does."""
+    """No file may grow beyond 100 bytes, which fails writes as a full disk does.
+
+    Not a fixture: pytest reports a test while its fixtures stand, and its own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_full_disk_is_an_error_and_leaves_no_half_file(tmp_path: Path) -> None:
     writer = PartWriter(str(tmp_path / "part.parquet"), SCHEMA.serialize().to_pybytes())
-    with pytest.raises(JobError, match=r"cannot write part file .*File too large.*the same command then resumes"):
+    message = r"cannot write part file .*File too large.*the same command then resumes"
+    with pytest.raises(JobError, match=message), full_disk():
         writer.close()
-    with pytest.raises(JobError, match=r"cannot write .*plan\.json.*the same command then resumes"):
+    with pytest.raises(JobError, match=r"cannot write .*plan\.json.*the same command then resumes"), full_disk():
         write_json(tmp_path / "plan.json", {"long": "x" * 200})
     assert not (tmp_path / "part.parquet").exists()
     assert not (tmp_path / "plan.json").exists()
