@@ -118,7 +118,8 @@ def _filter(
     """The `num_candidates` best tokens of each row and which of them the filters keep.
 
     Returns:
-        values [M, C] descending, token ids [M, C], kept [M, C] bool (a prefix of each row, never empty).
+        values [M, C] descending, token ids [M, C], kept [M, C] bool (a prefix of each row, never empty), and whether
+        some row's cut may lie beyond its candidates, so that only the whole vocabulary decides it.
     """
     vocabulary = scores.shape[1]
 
