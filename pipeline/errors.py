@@ -4,6 +4,7 @@
     |-- ConfigError     an option or a combination of options is wrong            (exit code 2)
     |-- InputError      a file, directory or data set cannot be read at all       (exit code 2)
     |-- ModelError      the model or tokenizer cannot be loaded or is unsupported (exit code 2)
+    |-- DatastoreError  a datastore is damaged, or does not fit the model         (exit code 2)
     |-- RowError        one input row is bad: it becomes an error row, the job goes on
     `-- JobError        the job failed and can be resumed                         (exit code 1)
 
@@ -25,6 +26,10 @@ class InputError(RasdError):
 
 class ModelError(RasdError):
     """A model or tokenizer cannot be loaded, or its architecture is not supported."""
+
+
+class DatastoreError(RasdError):
+    """A datastore is damaged, incomplete, or was made for another tokenizer or format."""
 
 
 class RowError(RasdError):

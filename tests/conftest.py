@@ -20,8 +20,11 @@ if "RAY_AUTH_MODE" not in os.environ:
     token.write_text(uuid.uuid4().hex)
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
@@ -34,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """Address of a one-node Ray cluster with 4 CPUs, which tests join as a job joins the cluster it runs on."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
