@@ -49,6 +49,10 @@ class PartWriter:
         self._records.append(record)
         self._stats += stats_of(record)
 
+    def count(self, stats: ShardStats) -> None:
+        """Adds counts that belong to the shard but to none of its rows."""
+        self._stats += stats
+
     def close(self) -> PartFile:
         """Write, sync and read back the file, rows sorted by (row_index, sample).
 

@@ -9,9 +9,11 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,8 @@ from actors.loop import EngineLoop, Outcome
 from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
+from actors.searchers import RetrievalConfig
+from actors.sources import Sources, open_sources
 from pipeline.assemble import EngineOptions, build_engine
 from pipeline.errors import ConfigError, JobError, RowError
 from pipeline.methods import method_named
@@ -26,6 +30,8 @@ from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
 from pipeline.prompts import encode_messages, encode_prompt
 from pipeline.request import Generation, Request, SamplingParams
+
+_SEARCHED_ROWS = 8  # rows whose passages are looked up together, before the first of them can start
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,8 @@ class ReplicaConfig:
         dtype: `float32`, `bfloat16` or `float16`.
         budget: most tree nodes a slot and round; None tunes itself.
         kv_memory: bytes for keys and values; None takes a share of what is free.
+        sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
+        retrieval: where they are; None if the method needs none of them.
         num_threads: CPU threads of torch and numba; None leaves their default.
     """
 
@@ -54,6 +62,8 @@ class ReplicaConfig:
     max_context: int | None
     prefill_chunk: int
     trust_remote_code: bool
+    sources: tuple[str, ...]
+    retrieval: RetrievalConfig | None
     replica: int
     num_threads: int | None
 
@@ -72,6 +82,7 @@ class Replica:
         self._config = config
         self._loop: EngineLoop | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._sources: Sources | None = None
         self._request_ids = itertools.count()
         self._stats = ShardStats()
         self._stats_lock = threading.Lock()
@@ -87,7 +98,7 @@ class Replica:
         config = self._config
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        method = method_named(config.method)
+        method = method_named(config.method, config.sources)
         device = _device(config.device)
         resolved = resolve_model(config.model, config.revision)
         tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
@@ -96,7 +107,10 @@ class Replica:
             resolved, getattr(torch, config.dtype), device, trust_remote_code=config.trust_remote_code
         )
         options = EngineOptions(config.slots, config.budget, config.kv_memory, config.max_context, config.prefill_chunk)
-        engine = build_engine(model, tokenizer, method, options)
+        if config.retrieval is not None:
+            self._sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size)
+        searchers = self._sources.searchers if self._sources is not None else ()
+        engine = build_engine(model, tokenizer, method, options, searchers)
         self._tokenizer = tokenizer
         self._loop = EngineLoop(engine)
         return ReplicaInfo(
@@ -108,7 +122,7 @@ class Replica:
             dtype=config.dtype,
             load_seconds=time.perf_counter() - begin,
             max_context=engine.max_context,
-            notes=method.lacks,
+            notes=method.notes,
         )
 
     def run_shard(self, task: ShardTask) -> ShardResult:
@@ -121,23 +135,25 @@ class Replica:
         writer = PartWriter(task.part_path, task.schema)
         outcomes: SimpleQueue[Outcome] = SimpleQueue()
         pending: dict[int, _Sample] = {}
-        for row in task.rows:
-            samples = [
-                _Sample(row, k, row_seed(self._config.seed, row.row_index, k)) for k in range(self._config.num_samples)
-            ]
-            failure, prompt_ids = self._encode(row)
-            for sample in samples:
-                if failure is not None:
-                    self._add(writer, sample, failure)
-                    continue
-                request = Request(next(self._request_ids), prompt_ids, self._config.sampling, sample.seed)
-                pending[request.request_id] = sample
-                self._engine_loop.submit(request, outcomes)
+        for first in range(0, len(task.rows), _SEARCHED_ROWS):
+            rows = task.rows[first : first + _SEARCHED_ROWS]
+            for row, passages in zip(rows, self._passages(rows), strict=True):
+                failure, prompt_ids = self._encode(row)
+                for k in range(self._config.num_samples):
+                    sample = _Sample(row, k, row_seed(self._config.seed, row.row_index, k))
+                    if failure is not None:
+                        self._add(writer, sample, failure)
+                        continue
+                    request = Request(next(self._request_ids), prompt_ids, self._config.sampling, sample.seed, passages)
+                    pending[request.request_id] = sample
+                    self._engine_loop.submit(request, outcomes)
         while pending:
             outcome = outcomes.get()
             if isinstance(outcome.result, JobError):
                 raise outcome.result
             self._add(writer, pending.pop(outcome.request_id), outcome.result)
+        if self._sources is not None:
+            writer.count(ShardStats(retrieval_misses=self._sources.misses.take()))
         return finish_shard(task, writer, time.perf_counter() - begin)
 
     def progress(self) -> ShardStats:
@@ -169,15 +185,32 @@ class Replica:
         except RowError as error:
             return RowFailure(error.error_type, str(error)), ()
 
+    def _passages(self, rows: Sequence[InputRow]) -> list[tuple[np.ndarray, ...]]:
+        """Passages near to each row's prompt."""
+        source = self._sources.passages if self._sources is not None else None
+        found: list[tuple[np.ndarray, ...]] = [()] * len(rows)
+        good = [i for i, row in enumerate(rows) if row.error is None]
+        if source is not None and good:
+            for i, passages in zip(good, source.passages([_question(rows[i]) for i in good]), strict=True):
+                found[i] = passages
+        return found
+
     def _add(self, writer: PartWriter, sample: _Sample, result: Generation | RowError | RowFailure) -> None:
         if isinstance(result, Generation):
             record = generated_record(sample.row, sample.sample, sample.seed, result)
+            if self._sources is not None and self._sources.sink is not None:
+                self._sources.sink.append([np.asarray(result.token_ids, np.int32)])
         else:
             failure = RowFailure(result.error_type, str(result)) if isinstance(result, RowError) else result
             record = failed_record(sample.row, sample.sample, sample.seed, failure)
         writer.add(record)
         with self._stats_lock:
             self._stats += stats_of(record)
+
+
+def _question(row: InputRow) -> str:
+    """What passages should be near to: the prompt, or what was said last."""
+    return row.prompt if row.prompt is not None else str((row.messages or ({"content": ""},))[-1]["content"])
 
 
 def _check_stops(params: SamplingParams, tokenizer: PreTrainedTokenizerBase) -> None:

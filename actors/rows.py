@@ -68,6 +68,7 @@ class ShardStats:
         rows: output rows, error rows included: `samples_ok + errors`.
         rounds: verification rounds; drafted, accepted: tree nodes verified and kept.
         accepted_by_source: `accepted` split by who proposed the token.
+        retrieval_misses: calls of a retrieval service that got no answer in time.
     """
 
     rows: int = 0
@@ -80,6 +81,7 @@ class ShardStats:
     rounds_without_draft: int = 0
     accepted_by_source: Mapping[str, int] = field(default_factory=dict)
     samples_ok: int = 0
+    retrieval_misses: int = 0
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
         total: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

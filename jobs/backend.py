@@ -15,17 +15,27 @@ AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
+class Retrieving:
+    """How a job drafts: its method, and what it has for it to search (`PROVIDED_BY` in `pipeline.methods`)."""
+
+    method: str
+    sources: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One actor to start.
 
     Attributes:
+        services: what `Backend.services` started.
         resolved: the plan's fingerprint; dtype and max_context are `auto` in it until the first replica has decided.
         concurrency: calls the actor must take at once.
     """
 
     config: GenerateConfig
     placement: Placement
-    method: str
+    retrieving: Retrieving
+    services: "Services | None"
     resolved: Mapping[str, Any]
     replica: int
     concurrency: int
@@ -42,6 +52,17 @@ class Launch:
         return lifted.remote(*arguments)
 
 
+class Services(Protocol):
+    """Actors that a job's replicas share."""
+
+    @property
+    def config(self) -> Any:
+        """What a replica must know of them: `actors.searchers.RetrievalConfig` behind the real backend."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of how they did, a line each."""
+
+
 class Backend(Protocol):
     """The job's view of models."""
 
@@ -50,6 +71,12 @@ class Backend(Protocol):
 
     def memory(self, config: GenerateConfig) -> MemoryEstimate:
         """What a replica would need; raises ModelError."""
+
+    def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
+        """What the job has to search; raises DatastoreError."""
+
+    def services(self, config: GenerateConfig, facts: ModelFacts, retrieving: Retrieving) -> "Services | None":
+        """Starts what the replicas share; None if they share nothing."""
 
     def launch(self, launch: Launch) -> Any:
         """An actor with the methods of `actors.replica.Replica`."""
@@ -70,6 +97,20 @@ class ModelBackend:
 
         return estimate_memory(config)
 
+    def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
+        """See `Backend.sources`."""
+        from jobs.retrieval import provided_sources
+
+        return provided_sources(config, facts)
+
+    def services(self, config: GenerateConfig, facts: ModelFacts, retrieving: Retrieving) -> "Services | None":
+        """See `Backend.services`."""
+        from jobs.facts import vocab_size
+        from jobs.retrieval import RetrievalServices, sources_of
+
+        used = sources_of(retrieving.method, retrieving.sources)
+        return RetrievalServices(config, facts, used, vocab_size(config)) if used else None
+
     def launch(self, launch: Launch) -> Any:
         """See `Backend.launch`."""
         from actors.replica import Replica, ReplicaConfig
@@ -87,7 +128,9 @@ class ModelBackend:
                 dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
                 device=device,
                 slots=config.slots,
-                method=launch.method,
+                method=launch.retrieving.method,
+                sources=tuple(launch.retrieving.sources),
+                retrieval=None if launch.services is None else launch.services.config,
                 budget=_or_none(config.budget),
                 sampling=config.sampling(),
                 seed=config.seed,

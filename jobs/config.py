@@ -5,20 +5,17 @@ Knows nothing of argparse or files (see jobs/options.py). Every field's descript
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic_core.core_schema import ValidationInfo
+from pydantic import BeforeValidator, Field
 
-from jobs.fields import listed, option, parse_size
+from jobs.fields import OnOff, Options, listed, option, parse_size
 from pipeline.request import SamplingParams
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(Options):
     """Everything that `rasd generate` can be told."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(listed)] = option(
         ...,
@@ -114,6 +111,21 @@ class GenerateConfig(BaseModel):
         metavar="auto|SIZE",
     )
 
+    datastore: str | None = option(
+        None, "retrieval", "Datastore built with `rasd datastore build` for this model.", metavar="DIR"
+    )
+    live: OnOff = option("on", "retrieval", "Search the job's own finished outputs, too.", metavar="on|off")
+    retrieval: Literal["auto", "shared", "per-node", "in-process"] = option(
+        "auto",
+        "retrieval",
+        "Who searches: auto is each replica where its node sees the datastore, one service for the rest.",
+    )
+    passages: int = option(4, "retrieval", "Passages of the datastore looked up for each prompt.", ge=0)
+    live_tokens: int = option(1 << 22, "retrieval", "Tokens of finished outputs kept for the search.", ge=1)
+    retrieval_deadline: float = option(
+        20.0, "retrieval", "Milliseconds that a round waits for a retrieval service at most.", gt=0.0
+    )
+
     num_replicas: Count | Auto = option(
         "auto", "cluster", "Replicas of the model; auto is one a GPU, or one a node without GPUs."
     )
@@ -129,14 +141,6 @@ class GenerateConfig(BaseModel):
         "Ray cluster to join; `local` starts one. Default: RAY_ADDRESS, else the cluster this runs on, else local.",
         metavar="ADDRESS",
     )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _reject_booleans(cls, value: object, info: ValidationInfo) -> object:
-        # Python counts True as 1, but `top_k: yes` in a YAML file is a mistake.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError("a boolean")
-        return value
 
     def sampling(self) -> SamplingParams:
         """The part that the engine sees."""

@@ -32,6 +32,13 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
     )
 
 
+def vocab_size(config: GenerateConfig) -> int:
+    """Token ids of the target are below it; see `model_facts` for errors."""
+    resolved = resolve_model(config.model, config.revision)
+    text = load_config(resolved, trust_remote_code=config.trust_remote_code).get_text_config()
+    return int(text.vocab_size)
+
+
 def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     """Memory of a replica from the model's configuration alone; see `model_facts` for errors."""
     resolved = resolve_model(config.model, config.revision)

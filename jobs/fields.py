@@ -5,12 +5,32 @@ import types
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core.core_schema import ValidationInfo
+
+OnOff = Literal["on", "off"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a non-empty string"}
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class Options(BaseModel):
+    """Base of configurations: frozen, unknown keys are errors, and booleans are not taken for numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _understand_booleans(cls, value: object, info: ValidationInfo) -> object:
+        annotation: Any = cls.model_fields[info.field_name or ""].annotation
+        if not isinstance(value, bool) or annotation is bool:
+            return value
+        if annotation == OnOff:  # YAML takes a bare `off` for false
+            return "on" if value else "off"
+        # Python counts True as 1, but `top_k: yes` in a YAML file is a mistake.
+        raise ValueError("a boolean")
 
 
 def parse_size(value: object) -> object:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.backend import Backend
+from jobs.backend import Backend, Retrieving
 from jobs.commit import read_commits
 from jobs.config import GenerateConfig
 from jobs.dry_run import print_plan
@@ -26,10 +26,12 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
         RasdError: see `pipeline.errors` for the kinds; what is committed stays.
     """
     began = time.monotonic()
-    method = method_named(config.method).name
+    method_named(config.method)  # an unknown name is told before the inputs are read
     output = _output_directory(config)
     inputs = open_inputs(config.prompts, text_column=config.text_column)
     facts = backend.facts(config)
+    sources = backend.sources(config, facts)
+    method = method_named(config.method, sources).name
     plan = make_plan(config, inputs, facts, _binding(_recorded_plan(output), output))
     if config.dry_run:
         print_plan(plan, config, method, backend.memory(config))
@@ -43,7 +45,7 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
         # Planned again: until the lease was ours, another driver may have written a plan.
         recorded = _recorded_plan(output)
         plan = make_plan(config, inputs, facts, _binding(recorded, output))
-        job = Job(config, backend, plan, method, output, lease)
+        job = Job(config, backend, plan, facts, Retrieving(method, sources), output, lease)
         return job.run(inputs, (recorded or {}).get("attempts", []), began)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.rows import ReplicaInfo, ShardStats
-from jobs.backend import Backend, Launch
+from jobs.backend import Backend, Launch, Retrieving
 from jobs.cluster import connected, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
@@ -18,7 +18,7 @@ from jobs.driver import Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
 from jobs.lease import Lease
-from jobs.plan import Plan, bind, plan_record
+from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
 from jobs.shards import open_shards
@@ -39,12 +39,20 @@ class Job:
     """
 
     def __init__(
-        self, config: GenerateConfig, backend: Backend, plan: Plan, method: str, output: Path, lease: Lease
+        self,
+        config: GenerateConfig,
+        backend: Backend,
+        plan: Plan,
+        facts: ModelFacts,
+        retrieving: Retrieving,
+        output: Path,
+        lease: Lease,
     ) -> None:
         self._config = config
         self._backend = backend
         self._plan = plan
-        self._method = method
+        self._facts = facts
+        self._retrieving = retrieving
         self._output = output
         self._log = CommitLog(output, lease)
         self._signals = StopSignals()
@@ -111,6 +119,7 @@ class Job:
         in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
         with connected(self._config.ray_address) as nodes, self._signals:
             placement = place(self._config, nodes)
+            services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             driver = Driver(
                 shards=open_shards(inputs, self._plan, frozenset(self._commits)),
@@ -119,7 +128,8 @@ class Job:
                     Launch(
                         config=self._config,
                         placement=placement,
-                        method=self._method,
+                        retrieving=self._retrieving,
+                        services=services,
                         resolved=self._plan.fingerprint,
                         replica=replica,
                         concurrency=in_flight + _SPARE_CALLS,
@@ -135,6 +145,8 @@ class Job:
             )
             with self._progress.shown(done=self._total.rows):
                 driver.run()
+            for note in services.notes() if services is not None else ():
+                log.warning("%s", note)
 
     def _finish(self, resumed: int, began: float) -> int:
         end = time.monotonic()
@@ -152,7 +164,7 @@ class Job:
             "resumed_shards": resumed,
             "error_types": error_types(self._output, self._commits.values()),
             "model": self._config.model,
-            "method": self._method,
+            "method": self._retrieving.method,
             "dtype": self._plan.fingerprint["dtype"],
             "output": str(self._output),
         }
@@ -176,7 +188,7 @@ class Job:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "method": self._method,
+            "method": self._retrieving.method,
             **{name: getattr(self._config, name) for name in options},
         }
 

@@ -74,6 +74,7 @@ def job_record(
         "rows_per_second": _rate(stats.rows, clock.generating),
         "tau": round(stats.tau or total.tau, 4),
         "accepted_by_source": dict(total.accepted_by_source),
+        "retrieval_misses": stats.retrieval_misses,
         **facts,
     }
 

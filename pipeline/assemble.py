@@ -1,6 +1,7 @@
 """From a loaded model to a running engine: KV memory, context length, method, and the step times measured at start."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.methods import Method, build
 from pipeline.packing import Run
 from pipeline.pages import PageRun
+from pipeline.search import Searcher
 from pipeline.target import Target, kv_shape, max_context_of
 from pipeline.tree import EMPTY_TREE
 
@@ -47,9 +49,16 @@ class EngineOptions:
 
 
 def build_engine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, options: EngineOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    options: EngineOptions,
+    searchers: Sequence[Searcher] = (),
 ) -> Engine:
     """An engine for a loaded model.
+
+    Args:
+        searchers: of the method's sources that search text outside the request.
 
     Raises:
         ConfigError: the context asked for is longer than the model's or than KV memory holds.
@@ -80,9 +89,8 @@ def build_engine(
         prefill_chunk=options.prefill_chunk,
         max_context=max_context,
     )
-    return Engine(
-        target, tokenizer, eos_token_ids(model, tokenizer), build(method, acceptance), acceptance, config, times
-    )
+    proposers = build(method, acceptance, searchers)
+    return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

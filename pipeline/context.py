@@ -1,5 +1,7 @@
 """Context lookup: what followed the last tokens earlier in this prompt and output, as a tree of several candidates.
 
+Passages found for a prompt stand before it in the same index, each ended by a negative value, which matches nothing.
+
 A hash chain per slot links the earlier places of every bigram; a lookup follows at most `_MAX_LINKS` of them,
 measures how far each matches backwards and merges what followed into a counted trie. After prompt lookup decoding
 (Saxena 2023), with all matches instead of one and a length that follows the estimated acceptance.
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from pipeline.acceptance import MAX_MATCH, AcceptanceTable
+from pipeline.acceptance import MAX_MATCH, AcceptanceTable, score
 from pipeline.proposal import SlotView
 from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, prune
 
@@ -20,15 +22,16 @@ _MAX_CANDIDATES = 12
 _MAX_NODES = 96
 _MAX_DEPTH = 24
 _BACK_OFF = 0.25  # weight of a match one token shorter than the longest
-_MIN_VALUE = 0.02  # paths less likely than this are not worth carrying to the selection
-_SOURCE = SOURCES.index("context")
+_CONTEXT = SOURCES.index("context")
+_PASSAGES = SOURCES.index("passages")
+_END = -1  # of a passage
 
 
 class _SlotIndex:
     """Growing token buffer with bigram and unigram chains: `links[0 or 1, i]` is the previous place with the same
-    key, or -1."""
+    key, or -1. The prompt begins at `origin`, after the passages."""
 
-    __slots__ = ("heads", "length", "links", "tokens")
+    __slots__ = ("heads", "length", "links", "origin", "tokens")
 
     def __init__(self, capacity: int) -> None:
         capacity = 1 << max(8, (capacity - 1).bit_length())
@@ -36,6 +39,7 @@ class _SlotIndex:
         self.links = np.empty((2, capacity), np.int32)
         self.heads = np.full((2, capacity), -1, np.int32)
         self.length = 0
+        self.origin = 0
 
     def extend(self, tokens: np.ndarray) -> None:
         if self.length + len(tokens) > len(self.tokens):
@@ -48,14 +52,17 @@ class _SlotIndex:
 
 
 class ContextRetriever:
-    """The source `context`: one index a slot, in this process, microseconds a lookup."""
+    """The sources `context` and `passages`: one index a slot, in this process, microseconds a lookup."""
 
     def __init__(self, acceptance: AcceptanceTable) -> None:
         self._acceptance = acceptance
         self._slots: dict[int, _SlotIndex] = {}
 
-    def admit(self, slot: int, tokens: np.ndarray) -> None:
-        index = _SlotIndex(2 * len(tokens))
+    def admit(self, slot: int, tokens: np.ndarray, passages: Sequence[np.ndarray]) -> None:
+        index = _SlotIndex(2 * len(tokens) + sum(len(passage) + 1 for passage in passages))
+        for passage in passages:
+            index.extend(np.append(passage, np.int32(_END)))
+        index.origin = index.length
         index.extend(tokens)
         self._slots[slot] = index
 
@@ -65,19 +72,22 @@ class ContextRetriever:
     def release(self, slot: int) -> None:
         del self._slots[slot]
 
+    def send(self, views: Sequence[SlotView]) -> None:
+        """Nothing to wait for."""
+
     def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
         return [self._lookup(self._slots[view.slot], view.max_depth) for view in views]
 
     def _lookup(self, index: _SlotIndex, max_depth: int) -> TokenTree:
         if max_depth < 1 or index.length < 2:
             return EMPTY_TREE
-        tokens, parents, weights, matches = _candidates(
-            index.tokens, index.links, index.length, min(max_depth, _MAX_DEPTH)
+        tokens, parents, weights, matches, sources = _candidates(
+            index.tokens, index.links, index.length, index.origin, min(max_depth, _MAX_DEPTH)
         )
         if len(tokens) == 0:
             return EMPTY_TREE
-        scores, keep = _score(parents, weights, matches, self._acceptance.rates)
-        return prune(TokenTree(tokens, parents, scores, np.full(len(tokens), _SOURCE, np.int8), matches), keep)
+        scores, keep = score(parents, weights, matches, sources, self._acceptance.rates)
+        return prune(TokenTree(tokens, parents, scores, sources, matches), keep)
 
 
 @njit(cache=True, nogil=True)
@@ -95,7 +105,8 @@ def _link(tokens: np.ndarray, links: np.ndarray, heads: np.ndarray, begin: int, 
 
 @njit(cache=True, nogil=True)
 def _matches_of(tokens: np.ndarray, links: np.ndarray, length: int, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places whose last `order` tokens equal the context's, most recent first, and how far each matches backwards."""
+    """Places whose last `order` tokens equal the context's and which a token follows, most recent first, and how far
+    each matches backwards."""
     last = length - 1
     places = np.empty(_MAX_LINKS, np.int32)
     lengths = np.empty(_MAX_LINKS, np.int32)
@@ -106,9 +117,12 @@ def _matches_of(tokens: np.ndarray, links: np.ndarray, length: int, order: int) 
         if place < 0 or found == most:
             break
         match = 0
-        while match < MAX_MATCH and match <= place and tokens[place - match] == tokens[last - match]:
+        while match < MAX_MATCH and match <= place:
+            token = tokens[place - match]
+            if token < 0 or token != tokens[last - match]:
+                break
             match += 1
-        if match >= order:
+        if match >= order and tokens[place + 1] >= 0:
             places[found] = place
             lengths[found] = match
             found += 1
@@ -118,9 +132,9 @@ def _matches_of(tokens: np.ndarray, links: np.ndarray, length: int, order: int) 
 
 @njit(cache=True, nogil=True)
 def _candidates(
-    context: np.ndarray, links: np.ndarray, length: int, max_depth: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Trie of what followed the best matches: tokens, parents, weights, match lengths, [N] each."""
+    context: np.ndarray, links: np.ndarray, length: int, origin: int, max_depth: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Trie of what followed the best matches: tokens, parents, weights, match lengths, sources, [N] each."""
     places, lengths = _matches_of(context, links, length, 2)
     if len(places) == 0:
         places, lengths = _matches_of(context, links, length, 1)
@@ -128,6 +142,7 @@ def _candidates(
     parents = np.empty(_MAX_NODES, np.int32)
     weights = np.zeros(_MAX_NODES, np.float32)
     matches = np.zeros(_MAX_NODES, np.int16)
+    sources = np.empty(_MAX_NODES, np.int8)
     size = 0
     longest = lengths.max() if len(lengths) else 0
     taken = 0
@@ -137,9 +152,12 @@ def _candidates(
                 continue
             taken += 1
             weight = np.float32(_BACK_OFF ** min(longest - wanted, 8))
+            source = _CONTEXT if places[k] >= origin else _PASSAGES
             node = -1
             for depth in range(min(max_depth, length - 1 - places[k])):
                 token = context[places[k] + 1 + depth]
+                if token < 0:
+                    break
                 child = -1
                 for j in range(node + 1, size):
                     if parents[j] == node and tokens[j] == token:
@@ -152,27 +170,8 @@ def _candidates(
                     size += 1
                     tokens[child] = token
                     parents[child] = node
+                    sources[child] = source
                 weights[child] += weight
                 matches[child] = max(matches[child], min(wanted + depth, MAX_MATCH))
                 node = child
-    return tokens[:size], parents[:size], weights[:size], matches[:size]
-
-
-@njit(cache=True, nogil=True)
-def _score(
-    parents: np.ndarray, weights: np.ndarray, matches: np.ndarray, rates: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """p(accepted | parent accepted) of each node, and which nodes lie on paths worth keeping."""
-    n = len(parents)
-    total = np.zeros(n + 1, np.float32)
-    longest = np.zeros(n + 1, np.int16)
-    for i in range(n):
-        total[parents[i] + 1] += weights[i]
-        longest[parents[i] + 1] = max(longest[parents[i] + 1], matches[i])
-    scores = np.empty(n, np.float32)
-    values = np.empty(n, np.float32)
-    for i in range(n):
-        group = parents[i] + 1
-        scores[i] = rates[longest[group]] * weights[i] / total[group]
-        values[i] = scores[i] * (values[parents[i]] if parents[i] >= 0 else np.float32(1.0))
-    return scores, values >= _MIN_VALUE
+    return tokens[:size], parents[:size], weights[:size], matches[:size], sources[:size]

@@ -126,6 +126,8 @@ class Engine:
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
         views = [self._view(slot) for slot in decoding]
+        for retriever in self._retrievers:
+            retriever.send(views)
         draft = self._drafter.draft(views)
         retrieved = [retriever.lookup(views) for retriever in self._retrievers]
         fused = [fuse(trees) for trees in zip(draft.trees, *retrieved, strict=True)]

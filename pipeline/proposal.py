@@ -54,8 +54,8 @@ class Drafter(Protocol):
 class Retriever(Protocol):
     """Proposes from text seen before. `admit`, `extend` and `release` keep it in step with the slots."""
 
-    def admit(self, slot: int, tokens: np.ndarray) -> None:
-        """A request with these known tokens, [L] int32, took the slot."""
+    def admit(self, slot: int, tokens: np.ndarray, passages: Sequence[np.ndarray]) -> None:
+        """A request with these known tokens, [L] int32, took the slot; passages, [n] int32 each, were found for it."""
         ...
 
     def extend(self, slot: int, tokens: np.ndarray) -> None:
@@ -64,6 +64,10 @@ class Retriever(Protocol):
 
     def release(self, slot: int) -> None:
         """The slot's request is gone."""
+        ...
+
+    def send(self, views: Sequence[SlotView]) -> None:
+        """Starts what takes time, so that it goes on while the drafter works; `lookup` with the same views follows."""
         ...
 
     def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:

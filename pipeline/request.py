@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from pipeline.errors import ConfigError
 
 FinishReason = Literal["stop", "length"]
@@ -63,12 +65,14 @@ class Request:
         request_id: unique among the requests in the engine; comes back in the output.
         prompt_ids: the prompt's token ids, template and special tokens included; not empty.
         seed: 64-bit seed of this sample's noise; see `row_seed` in `pipeline.noise`.
+        passages: text that the output may repeat, [n] int32 each; it never changes the output.
     """
 
     request_id: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int = 0
+    passages: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ class Scheduler:
             self._admitted += 1
             self._active.append(slot)
             for retriever in self._retrievers:
-                retriever.admit(slot.number, slot.known)
+                retriever.admit(slot.number, slot.known, slot.request.passages)
 
     def decoding(self) -> list[Slot]:
         """Slots that can use a tree: output has begun, and all known tokens but the root are cached."""

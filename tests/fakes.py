@@ -16,7 +16,7 @@ from typing import Any
 from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
-from jobs.backend import Launch
+from jobs.backend import Launch, Retrieving
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
 from pipeline.errors import ModelError
@@ -149,6 +149,13 @@ class FakeBackend:
     def memory(self, config: GenerateConfig) -> MemoryEstimate:
         """1 GiB of weights and 2 GiB of KV cache."""
         return MemoryEstimate("float32", 2048, 1 << 30, 1 << 16, 1 << 31)
+
+    def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
+        """Nothing to search."""
+        return frozenset()
+
+    def services(self, config: GenerateConfig, facts: ModelFacts, retrieving: Retrieving) -> None:
+        """Nothing that is shared."""
 
     def launch(self, launch: Launch) -> Any:
         """A fake replica as an actor."""

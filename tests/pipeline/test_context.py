@@ -14,6 +14,7 @@ from pipeline.tree import SOURCES, TokenTree, path_values
 from tests.pipeline.toys import path_of
 
 MAX_DEPTH = 24
+CONTEXT, PASSAGES = SOURCES.index("context"), SOURCES.index("passages")
 bounded = settings(deadline=None, max_examples=150)
 # Few tokens repeat themselves often; large ids find overflow in the hash.
 contexts = st.one_of(
@@ -29,16 +30,21 @@ class HopefulTable(AcceptanceTable):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rates = np.ones(MAX_MATCH + 1, np.float32)
+        self.rates[:] = 1.0
 
 
 def view(tokens: Sequence[int], max_depth: int = MAX_DEPTH, slot: int = 0) -> SlotView:
     return SlotView(slot, np.array(tokens, np.int32), max_depth)
 
 
-def lookup(tokens: Sequence[int], max_depth: int = MAX_DEPTH, acceptance: AcceptanceTable | None = None) -> TokenTree:
+def lookup(
+    tokens: Sequence[int],
+    max_depth: int = MAX_DEPTH,
+    acceptance: AcceptanceTable | None = None,
+    passages: Sequence[np.ndarray] = (),
+) -> TokenTree:
     retriever = ContextRetriever(acceptance or HopefulTable())
-    retriever.admit(0, np.array(tokens, np.int32))
+    retriever.admit(0, np.array(tokens, np.int32), passages)
     return retriever.lookup([view(tokens, max_depth)])[0]
 
 
@@ -106,13 +112,13 @@ def test_a_rare_token_is_found_behind_frequent_ones_of_the_same_bucket() -> None
 @given(contexts)
 def test_siblings_share_the_estimate_of_their_longest_match(tokens: list[int]) -> None:
     acceptance = AcceptanceTable()
-    acceptance.rates = np.linspace(0.3, 0.95, MAX_MATCH + 1).astype(np.float32)
+    acceptance.rates[:] = np.linspace(0.3, 0.95, MAX_MATCH + 1)
     whole, tree = lookup(tokens), lookup(tokens, acceptance=acceptance)
     assert {path_of(tree, i) for i in range(len(tree))} <= {path_of(whole, i) for i in range(len(whole))}
     assert bool(((tree.scores > 0) & (tree.scores <= 0.951)).all())
     for parent in {int(parent) for parent in tree.parents}:
         children = tree.parents == parent
-        assert tree.scores[children].sum() <= acceptance.rates[whole.matches.max()] + 1e-5
+        assert tree.scores[children].sum() <= acceptance.rates[CONTEXT, whole.matches.max()] + 1e-5
     assert bool((path_values(tree.parents, tree.scores) >= 0.02).all())
 
 
@@ -138,7 +144,7 @@ def test_a_longer_match_outweighs_shorter_ones() -> None:
 def test_an_index_extended_piece_by_piece_equals_one_built_at_once(tokens: list[int], sizes: list[int]) -> None:
     retriever = ContextRetriever(HopefulTable())
     known = 1
-    retriever.admit(0, np.array(tokens[:1], np.int32))
+    retriever.admit(0, np.array(tokens[:1], np.int32), ())
     for size in [*sizes, len(tokens)]:
         retriever.extend(0, np.array(tokens[known : known + size], np.int32))
         known = min(known + size, len(tokens))
@@ -150,7 +156,7 @@ def test_growth_across_capacities_keeps_every_place(step: int) -> None:
     """From 10 tokens to 5,000, past every doubling of the buffers."""
     tokens = np.random.default_rng(2).integers(0, 60, 5000).astype(np.int32)
     retriever = ContextRetriever(HopefulTable())
-    retriever.admit(3, tokens[:10])
+    retriever.admit(3, tokens[:10], ())
     for begin in range(10, len(tokens), step):
         retriever.extend(3, tokens[begin : begin + step])
         end = min(begin + step, len(tokens))
@@ -161,12 +167,12 @@ def test_growth_across_capacities_keeps_every_place(step: int) -> None:
 def test_slots_do_not_see_each_other_and_a_slot_can_be_taken_again() -> None:
     retriever = ContextRetriever(HopefulTable())
     first, second = [1, 2, 3, 1, 2], [1, 2, 7, 1, 2]
-    retriever.admit(0, np.array(first, np.int32))
-    retriever.admit(1, np.array(second, np.int32))
+    retriever.admit(0, np.array(first, np.int32), ())
+    retriever.admit(1, np.array(second, np.int32), ())
     trees = retriever.lookup([view(second, slot=1), view(first, slot=0)])
     assert [int(tree.tokens[0]) for tree in trees] == [7, 3]
     retriever.release(0)
-    retriever.admit(0, np.array(second, np.int32))
+    retriever.admit(0, np.array(second, np.int32), ())
     assert_same(retriever.lookup([view(second, slot=0)])[0], lookup(second))
 
 
@@ -179,7 +185,7 @@ def test_the_caller_may_change_its_tokens_afterwards() -> None:
     """Slots reuse their buffers."""
     tokens = np.array([1, 2, 3, 1, 2], np.int32)
     retriever = ContextRetriever(HopefulTable())
-    retriever.admit(0, tokens)
+    retriever.admit(0, tokens, ())
     tokens[:] = 9
     assert int(retriever.lookup([view([1, 2, 3, 1, 2])])[0].tokens[0]) == 3
 
@@ -190,12 +196,12 @@ def observed(table: AcceptanceTable, accepted: Sequence[int], rounds: int) -> np
     chain.matches[:] = (3, 4)
     for _ in range(rounds):
         table.observe(chain, np.array(accepted, np.int32))
-    rates: np.ndarray = table.rates
+    rates: np.ndarray = table.rates[CONTEXT]
     return rates
 
 
 def test_estimates_follow_what_verification_shows() -> None:
-    prior = AcceptanceTable().rates
+    prior = AcceptanceTable().rates[CONTEXT]
     never, half = observed(AcceptanceTable(), [], 200), observed(AcceptanceTable(), [0], 200)
     assert never[3] < 0.1 and never[4] == prior[4], "a node never reached teaches nothing"
     assert half[3] > 0.9 and half[4] < 0.1
@@ -207,5 +213,40 @@ def test_estimates_are_probabilities_that_rise_with_the_match_and_can_be_unlearn
     table = AcceptanceTable()
     assert bool((np.diff(table.rates) >= 0).all()) and bool(((table.rates > 0) & (table.rates < 1)).all())
     observed(table, [0, 1], 5000)
-    assert table.rates[3] <= 1.0
+    assert table.rates[CONTEXT, 3] <= 1.0
     assert observed(table, [], 5000)[3] < 0.05
+
+
+def test_a_source_teaches_nothing_about_another() -> None:
+    table = AcceptanceTable()
+    observed(table, [], 200)
+    assert table.rates[PASSAGES].tolist() == AcceptanceTable().rates[PASSAGES].tolist()
+
+
+def test_passages_are_searched_like_the_context_but_never_across_their_ends() -> None:
+    passages = [np.array([7, 1, 2, 3, 4], np.int32), np.array([8, 9], np.int32)]
+    tree = lookup([5, 6, 1, 2], passages=passages)
+    assert tree.tokens.tolist() == [3, 4], "the second passage must not follow the first"
+    assert set(tree.sources.tolist()) == {PASSAGES}
+    assert len(lookup([5, 9], passages=passages)) == 0, "nor the prompt the second"
+    assert len(lookup([4, 8], passages=passages)) == 1, "9 after 8, a match of one token"
+    both = lookup([1, 2, 6, 5, 1, 2], passages=passages)
+    assert {int(t): int(s) for t, s in zip(both.tokens, both.sources, strict=True)} == {
+        6: CONTEXT,
+        5: CONTEXT,
+        1: CONTEXT,
+        2: CONTEXT,
+        3: PASSAGES,
+        4: PASSAGES,
+    }
+
+
+@bounded
+@given(contexts, st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=20), max_size=4))
+def test_passages_never_shorten_what_the_context_gives(tokens: list[int], found: list[list[int]]) -> None:
+    passages = [np.array(passage, np.int32) for passage in found]
+    with_passages = lookup(tokens, passages=passages)
+    assert bool((with_passages.tokens >= 0).all())
+    own = lookup(tokens)
+    longest = max(with_passages.matches, default=0)
+    assert longest >= max(own.matches, default=0) or len(own) == 0

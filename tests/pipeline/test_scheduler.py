@@ -36,7 +36,7 @@ class GuessingRetriever:
         self._random = np.random.default_rng(seed)
         self.slots: dict[int, list[int]] = {}
 
-    def admit(self, slot: int, tokens: np.ndarray) -> None:
+    def admit(self, slot: int, tokens: np.ndarray, passages: Sequence[np.ndarray]) -> None:
         assert slot not in self.slots
         self.slots[slot] = tokens.tolist()
 
@@ -46,7 +46,11 @@ class GuessingRetriever:
     def release(self, slot: int) -> None:
         del self.slots[slot]
 
+    def send(self, views: Sequence[SlotView]) -> None:
+        self.sent = [view.slot for view in views]
+
     def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
+        assert self.sent == [view.slot for view in views]
         for view in views:
             assert view.tokens.tolist() == self.slots[view.slot]
         return [self._guess(view) for view in views]

@@ -1,0 +1,43 @@
+"""The outputs a job has committed so far, as token sequences: what a live store starts from after a restart."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+
+
+def committed_outputs(output: str, max_tokens: int) -> list[np.ndarray]:
+    """Output tokens, [L] int32 each, of the newest committed parts, oldest first; about `max_tokens` in all.
+
+    Only speed depends on them: a part that is being removed or cannot be read is passed over.
+    """
+    found: list[list[np.ndarray]] = []
+    total = 0
+    for path in _newest_parts(Path(output)):
+        if total >= max_tokens:
+            break
+        try:
+            column = pq.read_table(path, columns=["token_ids"])["token_ids"]
+        except (OSError, KeyError, pa.ArrowException) as error:
+            log.warning("the live store starts without %s: %s", path.name, error)
+            continue
+        found.append([np.asarray(row.values, np.int32) for row in column if row.is_valid])
+        total += sum(map(len, found[-1]))
+    return [sequence for part in reversed(found) for sequence in part]
+
+
+def _newest_parts(output: Path) -> Iterator[Path]:
+    """Part files that commit records name, the last committed first."""
+    records: list[tuple[float, Path]] = []
+    for record in (output / "_commits").glob("*.json"):
+        try:
+            records.append((record.stat().st_mtime, output / json.loads(record.read_text(encoding="utf-8"))["file"]))
+        except (OSError, ValueError, KeyError):
+            continue  # being written or removed
+    return (path for _, path in sorted(records, reverse=True))
