@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from pipeline.errors import ConfigError, InputError, ModelError, RasdError
+from pipeline.errors import ConfigError, DatastoreError, InputError, ModelError, RasdError
 
 COMMANDS = {
     "generate": ("jobs.generate", "generate text for a set of prompts, exactly once a row, resumable"),
+    "datastore": ("jobs.datastore", "build, grow, show and check datastores for retrieval"),
 }
 
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(package).setLevel(logging.INFO)
     try:
         return _run(words)
-    except (ConfigError, InputError, ModelError) as error:
+    except (ConfigError, InputError, ModelError, DatastoreError) as error:
         return _fail(error, 2)
     except RasdError as error:
         return _fail(error, 1)

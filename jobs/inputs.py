@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from actors.rows import InputRow
 from jobs.extra import PROMPT_COLUMNS, ColumnTypes, coerce_extra
+from jobs.readers import prompt_formats
 from jobs.readers.base import FileSummary, Reader
 from jobs.sources import find_readers
 from jobs.validate import input_row
@@ -125,7 +126,7 @@ def open_inputs(spec: Sequence[str], *, text_column: str = "prompt") -> Inputs:
     """
     if text_column in ("messages", "id"):
         raise ConfigError(f"text_column is {text_column!r}, which has a meaning of its own; rename that column.")
-    readers = find_readers(spec, text_column)
+    readers = find_readers(spec, prompt_formats(text_column))
     for reader in readers:
         _check_columns(reader, text_column)
     return Inputs(readers, text_column)

@@ -27,7 +27,7 @@ def input_row(record: Record, row_index: int, text_column: str) -> InputRow:
     if record.fields is None:
         return InputRow(row_index, str(row_index), error=record.error)
     checks = _Checks(record.where)
-    fields = {name: value for name, value in record.fields.items() if checks.run(_check_value, name, value)}
+    fields = {name: value for name, value in record.fields.items() if checks.run(check_value, name, value)}
     prompt = fields.pop(text_column, None)
     messages = fields.pop("messages", None)
     row_id = checks.run(_check_id, fields.pop("id", None))
@@ -37,7 +37,7 @@ def input_row(record: Record, row_index: int, text_column: str) -> InputRow:
         row_index=row_index,
         id=str(row_index) if row_id is None else row_id,
         prompt=None if prompt is None else checks.run(_check_prompt, prompt, text_column),
-        messages=None if messages is None else checks.run(_check_messages, messages),
+        messages=None if messages is None else checks.run(check_messages, messages),
         extra=fields,
         error=checks.failure,
     )
@@ -60,8 +60,12 @@ class _Checks:
             return None
 
 
-def _check_value(column: str, value: object) -> bool:
-    """Whether a column can be stored at all, whatever it is for."""
+def check_value(column: str, value: object) -> bool:
+    """Whether a column can be stored at all, whatever it is for: True, or the error that says why not.
+
+    Raises:
+        RowError: it holds a bad value or invalid Unicode, or is nested too deeply.
+    """
     try:
         _check_storable(column, 0)
         _check_storable(value, 0)
@@ -130,7 +134,12 @@ def _check_prompt(prompt: object, text_column: str) -> str:
     return prompt
 
 
-def _check_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
+def check_messages(messages: object) -> tuple[Mapping[str, Any], ...]:
+    """The messages with `role` and `content` alone.
+
+    Raises:
+        RowError: they are not a list of such messages, or all are empty.
+    """
     if not isinstance(messages, list):
         hint = " (CSV cannot hold it; use JSON lines or Parquet)" if isinstance(messages, str) else ""
         problem = f"'messages' is {excerpt(messages)}; it must be a list of objects with role and content{hint}"

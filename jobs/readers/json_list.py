@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from jobs.readers.base import FileSummary, Record, excerpt
 from jobs.readers.lines import beyond_limits, object_record, unique_object
@@ -40,17 +40,17 @@ class JsonListReader:
         return _ListParser(stream, self._path).values()
 
 
-def is_json_list(path: Path) -> bool:
-    """Whether the first character is `[`; `.json` files often hold JSON lines instead.
+def json_layout(path: Path) -> Literal["list", "object", "lines"]:
+    """What the beginning of a `.json` file looks like: a list, one object over several lines, or JSON lines.
 
     Raises:
-        InputError: the file cannot be read, or it is one object over several lines.
+        InputError: the file cannot be read.
     """
     with reading(path), open_bytes(path) as stream:
         head = stream.read(_BLOCK).decode("utf-8-sig", errors="replace").lstrip(_WHITE_SPACE)
         if head.startswith("{") and head.splitlines()[0].strip() == "{":
-            raise InputError(f"{path} holds one JSON object. Give a list of objects, or JSON lines.")
-        return head.startswith("[")
+            return "object"
+        return "list" if head.startswith("[") else "lines"
 
 
 class _ListParser:

@@ -1,0 +1,82 @@
+"""Documents from the outputs of `rasd generate`: token ids as they are, from committed part files alone."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from actors.rows import RowFailure
+from jobs.commit import Commit, read_commits
+from jobs.corpus.document import Document, token_document
+from jobs.files import read_json
+from jobs.readers.stream import reading
+from pipeline.errors import DatastoreError, InputError
+
+PREFIX = "generations:"
+
+_BATCH_ROWS = 1024
+_COLUMNS = ["id", "sample", "status", "token_ids"]
+
+log = logging.getLogger(__name__)
+
+
+class GenerationSource:
+    """Outputs of one generation job.
+
+    Args:
+        directory: the job's `--output`.
+        tokenizer: hash of the tokenizer that the datastore is for.
+
+    Raises:
+        InputError: it is no output of a job.
+        DatastoreError: the job's tokenizer is another one.
+    """
+
+    def __init__(self, directory: Path, tokenizer: str) -> None:
+        self.name = f"{PREFIX}{directory}"
+        self._directory = directory
+        plan = read_json(directory / "plan.json") or {}
+        found = plan.get("fingerprint", {}).get("tokenizer")
+        if found is None:
+            raise InputError(
+                f"{directory} is no output of `rasd generate`: it holds no plan.json of one. Give the job's --output."
+            )
+        if found != tokenizer:
+            raise DatastoreError(
+                f"{self.name} was made with another tokenizer: {found}, that of --model is {tokenizer}. Its token ids"
+                " mean other texts; name the model that the job ran with, or give its part files as texts."
+            )
+        self._num_shards = int(plan.get("num_shards", 0))
+        self._has_samples = int(plan["fingerprint"].get("num_samples", 1)) > 1
+
+    def documents(self) -> Iterator[Document | RowFailure]:
+        """See `Source.documents`; in the order of the job's rows."""
+        commits = list(read_commits(self._directory))
+        if len(commits) < self._num_shards:
+            log.warning("%s is not finished: %d of %d shards are read", self.name, len(commits), self._num_shards)
+        for commit, path in commits:
+            if commit is None:
+                raise InputError(f"{path} is damaged. Run the job's command again; it makes that shard anew.")
+            yield from self._shard(commit)
+
+    def _shard(self, commit: Commit) -> Iterator[Document | RowFailure]:
+        part = self._directory / commit.file
+        size = part.stat().st_size if part.is_file() else None
+        if size != commit.bytes:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise InputError(
+                f"{part} {found}, its commit says {commit.bytes:,}. Run the job's command again; it makes that shard"
+                " anew."
+            )
+        with reading(part), pq.ParquetFile(part) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=_COLUMNS, use_threads=False):
+                columns = [batch.column(name).to_pylist() for name in _COLUMNS[:3]]
+                for (row_id, sample, status), ids in zip(zip(*columns, strict=True), batch["token_ids"], strict=True):
+                    name = f"{row_id}#{sample}" if self._has_samples else str(row_id)
+                    if status != "ok":
+                        yield RowFailure("error_row", f"{part} row {name} was not generated")
+                    elif not len(ids):
+                        yield RowFailure("empty_text", f"{part} row {name} has no tokens")
+                    else:
+                        yield token_document(name, ids.values.to_numpy())
