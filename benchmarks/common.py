@@ -23,11 +23,12 @@ from pipeline.prompts import encode_messages
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One tokenised prompt."""
+    """One tokenised prompt; `question` is what was said last."""
 
     id: str
     task: str
     ids: tuple[int, ...]
+    question: str = ""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -59,7 +60,8 @@ def load_prompts(
                 continue
             taken[task] = taken.get(task, 0) + 1
             if skip < taken[task] <= skip + per_task:
-                prompts.append(Prompt(str(row["id"]), task, encode_messages(tokenizer, row["messages"])))
+                question = row["messages"][-1]["content"]
+                prompts.append(Prompt(str(row["id"]), task, encode_messages(tokenizer, row["messages"]), question))
     return prompts
 
 

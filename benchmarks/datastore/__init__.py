@@ -1,0 +1,1 @@
+"""Measurements of the datastore: building, lookups, dense search and the embedder."""
