@@ -3,7 +3,6 @@
 Deliberately ignorant of commits: who may promote a part file is the driver's business.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from actors.records import Record, stats_of
 from actors.rows import ShardResult, ShardStats, ShardTask
 from pipeline.digests import file_sha256
+from pipeline.durable import fsync
 from pipeline.errors import JobError
 
 
@@ -90,15 +90,6 @@ def finish_shard(task: ShardTask, writer: PartWriter, seconds: float) -> ShardRe
         stats=writer.stats,
         seconds=seconds,
     )
-
-
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_back(path: Path, rows: int) -> PartFile:

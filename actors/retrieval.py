@@ -5,7 +5,6 @@ while lookups are under way. Everything slow happens in a thread after construct
 the service does not have, answers are empty.
 """
 
-import logging
 import os
 import threading
 import time
@@ -17,13 +16,10 @@ import numpy as np
 from actors.live_rows import committed_outputs
 from datastore import Datastore, LiveStore, Passage
 from datastore.lookup import LookupOptions
-from pipeline.errors import RasdError
 from pipeline.lookup import Lookup
 
-# Calls answered at once; names are those of the service's methods' groups.
+# Calls answered at once, by group of methods.
 CONCURRENCY_GROUPS = {"lookup": 4, "dense": 1, "append": 1, "control": 2}
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +59,6 @@ class ServiceStats:
     is_ready: bool
     lookups: int
     contexts: int
-    searches: int
     busy_seconds: float
     uptime_seconds: float
     live_tokens: int
@@ -75,7 +70,6 @@ class ServiceStats:
 class _Counters:
     lookups: int = 0
     contexts: int = 0
-    searches: int = 0
     busy_seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -94,6 +88,7 @@ class RetrievalService:
         self._counters = _Counters()
         self._store: Datastore | None = None
         self._live = LiveStore(config.vocab_size, config.live_capacity) if "live" in config.sources else None
+        self._has_passages = False
         self._ready_at: float | None = None
         self._failure: str | None = None
         threading.Thread(target=self._load, name="load", daemon=True).start()
@@ -117,10 +112,8 @@ class RetrievalService:
 
     def search(self, texts: Sequence[str], k: int) -> list[list[Passage]]:
         """The k passages nearest to each text; none before the datastore is open."""
-        if self._store is None or "passages" not in self._config.sources:
+        if self._store is None or not self._has_passages:
             return [[] for _ in texts]
-        with self._counters.lock:
-            self._counters.searches += 1
         return self._store.search(texts, k)
 
     def append(self, sequences: Sequence[np.ndarray]) -> None:
@@ -142,7 +135,6 @@ class RetrievalService:
             is_ready=self._ready_at is not None,
             lookups=self._counters.lookups,
             contexts=self._counters.contexts,
-            searches=self._counters.searches,
             busy_seconds=self._counters.busy_seconds,
             uptime_seconds=0.0 if self._ready_at is None else time.monotonic() - self._ready_at,
             live_tokens=0 if self._live is None else self._live.num_tokens,
@@ -156,14 +148,15 @@ class RetrievalService:
             if self._live is not None:
                 self._live.append(committed_outputs(config.output, config.live_capacity))
             if config.datastore is not None and config.sources & {"corpus", "passages"}:
-                store = Datastore.open(config.datastore, tokenizer=config.tokenizer, dense="passages" in config.sources)
-                if "passages" in config.sources:
-                    store.search(["warm"], 1)
-                self._store = store
+                has_passages = "passages" in config.sources
+                self._store = Datastore.open(config.datastore, tokenizer=config.tokenizer, dense=has_passages)
+                if has_passages:
+                    self._store.search(["warm"], 1)
+                    self._has_passages = True
             self._ready_at = time.monotonic()
-        except RasdError as error:
-            self._failure = str(error)
-            log.error("the retrieval service has no datastore: %s", error)
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
 
 def group_of(method: str) -> str:

@@ -68,7 +68,7 @@ class ShardStats:
         rows: output rows, error rows included: `samples_ok + errors`.
         rounds: verification rounds; drafted, accepted: tree nodes verified and kept.
         accepted_by_source: `accepted` split by who proposed the token.
-        retrieval_misses: calls of a retrieval service that got no answer in time.
+        retrieval_misses: rounds and searches for passages that a retrieval service did not answer in full and in time.
     """
 
     rows: int = 0

@@ -16,14 +16,15 @@ import ray
 from ray.exceptions import RayError
 
 from actors.retrieval import group_of
-from datastore import Datastore, LiveStore
-from datastore.lookup import LookupOptions
+from datastore import Datastore, LiveStore, Passage
+from datastore.lookup import CONTEXT_TOKENS, LookupOptions
+from pipeline.errors import RasdError
 from pipeline.lookup import Lookup
 
 _PAUSE_SECONDS = 0.25  # after a call that failed; doubles up to the longest
 _LONGEST_PAUSE_SECONDS = 4.0
 _SEARCH_SECONDS = 10.0  # for passages of a batch of prompts
-_CONTEXT_TOKENS = 17  # the longest match an index tells apart
+_MOST_APPENDS = 64  # under way at a service
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class RetrievalConfig:
     Attributes:
         mode: `auto`, `shared`, `per-node` or `in-process`.
         datastore: its directory; None without one.
+        fingerprint: of the datastore, which a directory of that name on another node must equal.
         tokenizer: hash that the datastore's must equal.
         live_capacity: tokens that a live store keeps.
         num_passages: passages looked up for each prompt.
@@ -45,6 +47,7 @@ class RetrievalConfig:
 
     mode: str
     datastore: str | None
+    fingerprint: str | None
     tokenizer: str
     live_capacity: int
     num_passages: int
@@ -54,7 +57,7 @@ class RetrievalConfig:
 
 
 class Misses:
-    """Counts calls that got no answer; shared by a replica's searchers."""
+    """Counts lookups and searches that got no answer, or not from all sources; shared by a replica's searchers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -94,22 +97,25 @@ class LocalSearcher:
 
 
 class _Guard:
-    """Decides whether a service is worth a call now, and counts the calls that failed."""
+    """Decides whether a service is worth a call now: not while one that was late is still under way, nor for a while
+    after one failed."""
 
-    def __init__(self, misses: Misses) -> None:
-        self._misses = misses
+    def __init__(self) -> None:
         self._pause = _PAUSE_SECONDS
         self._resume_at = 0.0
+        self._late: Any = None
 
     @property
     def is_open(self) -> bool:
-        return time.monotonic() >= self._resume_at
+        if self._late is not None and ray.wait([self._late], timeout=0)[0]:
+            self._late = None
+        return self._late is None and time.monotonic() >= self._resume_at
 
     def succeeded(self) -> None:
         self._pause, self._resume_at = _PAUSE_SECONDS, 0.0
 
-    def failed(self, error: RayError) -> None:
-        self._misses.add()
+    def failed(self, error: RayError, late: Any) -> None:
+        self._late = late
         self._resume_at = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
         log.debug("the retrieval service did not answer: %s", error)
@@ -128,34 +134,35 @@ class ServiceSearcher:
         self._lookup = service.lookup.options(concurrency_group=group_of("lookup"))
         self._sources = sources
         self._deadline = deadline
-        self._guard = _Guard(misses)
+        self._misses = misses
+        self._guard = _Guard()
         self._future: Any = None
         self._sent_at = 0.0
-        self._late: Any = None  # a call that missed its deadline and may still be at work
 
     def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
         self._future = None
-        if self._late is not None and ray.wait([self._late], timeout=0)[0]:
-            self._late = None
-        if self._late is None and self._guard.is_open:
-            ends = np.full((len(contexts), _CONTEXT_TOKENS), -1, np.int32)
+        if self._guard.is_open:
+            ends = np.full((len(contexts), CONTEXT_TOKENS), -1, np.int32)
             for row, context in zip(ends, contexts, strict=True):
-                end = context[-_CONTEXT_TOKENS:]
-                row[_CONTEXT_TOKENS - len(end) :] = end
+                end = context[-CONTEXT_TOKENS:]
+                row[CONTEXT_TOKENS - len(end) :] = end
             self._sent_at = time.monotonic()
-            self._future = self._lookup.remote(ends, depths, self._sources)
+            try:
+                self._future = self._lookup.remote(ends, depths, self._sources)
+            except RayError as error:
+                self._guard.failed(error, None)
 
     def receive(self) -> Mapping[str, Lookup]:
-        if self._future is None:
-            return {}
-        left = self._sent_at + self._deadline - time.monotonic()
-        try:
-            found: Mapping[str, Lookup] = ray.get(self._future, timeout=max(left, 0.0))
-        except RayError as error:
-            self._late = self._future
-            self._guard.failed(error)
-            return {}
-        self._guard.succeeded()
+        found: Mapping[str, Lookup] = {}
+        if self._future is not None:
+            left = self._sent_at + self._deadline - time.monotonic()
+            try:
+                found = ray.get(self._future, timeout=max(left, 0.0))
+                self._guard.succeeded()
+            except RayError as error:
+                self._guard.failed(error, self._future)
+        if not self._sources <= found.keys():
+            self._misses.add()
         return found
 
 
@@ -172,10 +179,19 @@ class ServiceSink:
 
     def __init__(self, services: Sequence[Any]) -> None:
         self._appends = [service.append.options(concurrency_group=group_of("append")) for service in services]
+        self._under_way: list[Any] = []
+        self._lock = threading.Lock()  # several shards of a replica end at once
 
     def append(self, sequences: Sequence[np.ndarray]) -> None:
-        for append in self._appends:
-            append.remote(sequences)
+        with self._lock:
+            if self._under_way:
+                _, self._under_way = ray.wait(self._under_way, num_returns=len(self._under_way), timeout=0)
+            if len(self._under_way) >= _MOST_APPENDS * len(self._appends):
+                return  # a service that stands still must not fill the memory of those who wait for it
+            try:
+                self._under_way += [append.remote(sequences) for append in self._appends]
+            except RayError as error:
+                log.debug("an output was not sent to the retrieval service: %s", error)
 
 
 class PassageSource(Protocol):
@@ -187,15 +203,23 @@ class PassageSource(Protocol):
 
 
 class LocalPassages:
-    """Passages from a datastore in this process."""
+    """Passages from a datastore in this process; none if its embedder cannot be loaded here."""
 
-    def __init__(self, store: Datastore, k: int) -> None:
+    def __init__(self, store: Datastore, k: int, misses: Misses) -> None:
         self._store = store
         self._k = k
+        self._misses = misses
+        self._is_usable = True
 
     def passages(self, prompts: Sequence[str]) -> list[tuple[np.ndarray, ...]]:
-        found = self._store.search(prompts, self._k)
-        return [tuple(passage.tokens for passage in row) for row in found]
+        if self._is_usable:
+            try:
+                return _tokens(self._store.search(prompts, self._k))
+            except RasdError as error:
+                self._is_usable = False
+                log.warning("no passages are looked up: %s", error)
+        self._misses.add()
+        return [()] * len(prompts)
 
 
 class ServicePassages:
@@ -204,15 +228,24 @@ class ServicePassages:
     def __init__(self, service: Any, k: int, misses: Misses) -> None:
         self._search = service.search.options(concurrency_group=group_of("search"))
         self._k = k
-        self._guard = _Guard(misses)
+        self._misses = misses
+        self._guard = _Guard()
+        self._lock = threading.Lock()  # one search at a time, whichever shard it is for
 
     def passages(self, prompts: Sequence[str]) -> list[tuple[np.ndarray, ...]]:
-        if not self._guard.is_open:
-            return [()] * len(prompts)
-        try:
-            found = ray.get(self._search.remote(prompts, self._k), timeout=_SEARCH_SECONDS)
-        except RayError as error:
-            self._guard.failed(error)
-            return [()] * len(prompts)
-        self._guard.succeeded()
-        return [tuple(passage.tokens for passage in row) for row in found]
+        with self._lock:
+            if self._guard.is_open:
+                future: Any = None
+                try:
+                    future = self._search.remote(prompts, self._k)
+                    found = ray.get(future, timeout=_SEARCH_SECONDS)
+                    self._guard.succeeded()
+                    return _tokens(found)
+                except RayError as error:
+                    self._guard.failed(error, future)
+        self._misses.add()
+        return [()] * len(prompts)
+
+
+def _tokens(found: Sequence[Sequence[Passage]]) -> list[tuple[np.ndarray, ...]]:
+    return [tuple(passage.tokens for passage in row) for row in found]

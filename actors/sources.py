@@ -1,5 +1,6 @@
 """Which of a replica's sources are searched in its own process and which by a service, by the retrieval mode."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ from actors.searchers import (
     ServiceSink,
 )
 from datastore import Datastore, LiveStore
-from datastore.format import MANIFEST
+from datastore.format import check_sizes, read_manifest
+from pipeline.errors import DatastoreError
 from pipeline.search import Searcher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +69,11 @@ def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int
     elif "corpus" in wanted:
         remote.add("corpus")
     searchers: list[Searcher] = []
+    local_store = store if "corpus" in wanted else None
+    if local_store is not None or live is not None:  # first, so that it works while the service does
+        searchers.append(LocalSearcher(local_store, live))
     if remote:
         searchers.append(ServiceSearcher(service, frozenset(remote), config.deadline, misses))
-    local_store = store if "corpus" in wanted else None
-    if local_store is not None or live is not None:
-        searchers.append(LocalSearcher(local_store, live))
     return Sources(
         tuple(searchers), _sink(config, live, wanted), _passages(config, service, store, wanted, misses), misses
     )
@@ -89,7 +93,7 @@ def _passages(
     if service is not None:
         return ServicePassages(service, config.num_passages, misses)
     assert store is not None
-    return LocalPassages(store, config.num_passages)
+    return LocalPassages(store, config.num_passages, misses)
 
 
 def _nearest(config: RetrievalConfig) -> Any:
@@ -101,4 +105,14 @@ def _nearest(config: RetrievalConfig) -> Any:
 
 
 def _is_here(config: RetrievalConfig) -> bool:
-    return config.datastore is not None and (Path(config.datastore) / MANIFEST).is_file()
+    """Whether this node sees the very datastore that the job was planned with, whole."""
+    if config.datastore is None:
+        return False
+    store = Path(config.datastore)
+    try:
+        manifest = read_manifest(store)
+        check_sizes(store, manifest.segments)
+    except DatastoreError as error:
+        log.info("segments are searched by the service: %s", error)
+        return False
+    return manifest.fingerprint == config.fingerprint

@@ -16,7 +16,8 @@ import faiss
 import numpy as np
 
 from datastore.dense_faiss import build_index, factory_for, inverted_file, read_index, search
-from datastore.format import fsync, write_array
+from datastore.format import write_array
+from pipeline.durable import fsync
 from pipeline.errors import DatastoreError
 
 __all__ = ["DENSE_FILES", "DenseIndex", "factory_for", "write_dense"]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.digests import file_sha256
+from pipeline.durable import replace_json
 from pipeline.errors import DatastoreError
 
 FORMAT = 1
@@ -99,10 +100,8 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that lookups depend on."""
-        files = [[s.name, sorted((n, f.sha256) for n, f in s.files.items())] for s in self.segments]
-        dense = None if self.dense is None else asdict(self.dense)
-        text = json.dumps([FORMAT, self.tokenizer, self.vocab_size, dense, files])
+        """Hex digest of all of it."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -139,14 +138,21 @@ def read_manifest(store: Path) -> Manifest:
         )
     try:
         dense = value["dense"]
-        return Manifest(
+        manifest = Manifest(
             tokenizer=value["tokenizer"],
             vocab_size=int(value["vocab_size"]),
             dense=None if dense is None else DenseSpec(**dense),
             segments=tuple(_segment(segment) for segment in value["segments"]),
         )
+        recorded = value["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DatastoreError(f"{store / MANIFEST} is damaged ({error}); build the datastore again.") from error
+    if manifest.fingerprint != recorded:
+        raise DatastoreError(
+            f"{store / MANIFEST} is damaged: its content has the fingerprint {manifest.fingerprint[:16]}, recorded is"
+            f" {recorded[:16]}. Restore the file, or build the datastore again."
+        )
+    return manifest
 
 
 def write_record(directory: Path, record: SegmentRecord) -> None:
@@ -211,15 +217,6 @@ def write_array(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _segment(value: Mapping[str, Any]) -> SegmentRecord:
     files = {name: FileRecord(**file) for name, file in value["files"].items()}
     return SegmentRecord(**{**value, "files": files})
@@ -238,15 +235,7 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync(path.parent)
+        replace_json(path, value)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DatastoreError(f"{path} cannot be written: {error}. Free space or mend the directory.") from error

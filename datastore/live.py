@@ -6,7 +6,7 @@ and the same compiled code as for the corpus.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from datastore.format import SegmentRecord, token_dtype
 from datastore.lookup import LookupOptions, SegmentSet
-from datastore.segment import Segment, build_segment, write_segment
+from datastore.segment import Segment, build_segment, check_vocabulary, write_segment
 from pipeline.lookup import Lookup
 
 DEFAULT_CAPACITY = 1 << 22
@@ -39,6 +39,7 @@ class LiveStore:
         self._sealed: list[Segment] = []
         self._tail: list[np.ndarray] = []
         self._set = SegmentSet((), self._dtype)
+        self.lookup([np.zeros(1, np.int32)], LookupOptions())  # compiles, or loads what was compiled
 
     @property
     def num_tokens(self) -> int:
@@ -56,17 +57,12 @@ class LiveStore:
         Raises:
             DatastoreError: a token is outside the vocabulary; nothing is added.
         """
-        kept = [np.asarray(sequence[-self._capacity // _SHARES :], np.int64) for sequence in sequences]
+        most = self._capacity // _SHARES
+        kept = [np.asarray(sequence[-most:], np.int64) for sequence in sequences if len(sequence)]
+        check_vocabulary(np.concatenate([np.empty(0, np.int64), *kept]), self._vocab_size)
         with self._lock:
-            tail = [*self._tail, *(sequence for sequence in kept if len(sequence))]
-            youngest = self._index(tail)
-            self._tail = tail
-            if youngest.num_tokens >= _TAIL_TOKENS:
-                self._sealed.append(youngest)
-                self._tail = []
-                self._compact()
-            self._evict(0 if not self._tail else youngest.num_tokens)
-            self._set = SegmentSet([*self._sealed, *([youngest] if self._tail else [])], self._dtype)
+            for piece in _pieces(kept, most - _TAIL_TOKENS):
+                self._add(piece)
 
     def lookup(
         self, contexts: Sequence[np.ndarray], options: LookupOptions, depths: np.ndarray | None = None
@@ -79,6 +75,17 @@ class LiveStore:
         tokens, offsets = _joined([segment.plain() for segment in self._set.segments], self._dtype)
         names = [f"live-{i}" for i in range(len(offsets) - 1)]
         return write_segment(directory, tokens, offsets, names, vocab_size=self._vocab_size, num_threads=num_threads)
+
+    def _add(self, piece: Sequence[np.ndarray]) -> None:
+        """Indexes sequences together with the tail, which they join or seal."""
+        self._tail = [*self._tail, *piece]
+        youngest = self._index(self._tail)
+        if youngest.num_tokens >= _TAIL_TOKENS:
+            self._sealed.append(youngest)
+            self._tail = []
+            self._compact()
+        self._evict(youngest.num_tokens if self._tail else 0)
+        self._set = SegmentSet([*self._sealed, *([youngest] if self._tail else [])], self._dtype)
 
     def _index(self, sequences: Sequence[np.ndarray]) -> Segment:
         offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
@@ -100,6 +107,20 @@ class LiveStore:
         total = tail_tokens + sum(segment.num_tokens for segment in self._sealed)
         while total > self._capacity and self._sealed:
             total -= self._sealed.pop(0).num_tokens
+
+
+def _pieces(sequences: Sequence[np.ndarray], most: int) -> Iterator[Sequence[np.ndarray]]:
+    """Runs of sequences of at most so many tokens, or of one sequence, so that eviction can take them singly."""
+    piece: list[np.ndarray] = []
+    size = 0
+    for sequence in sequences:
+        if piece and size + len(sequence) > most:
+            yield piece
+            piece, size = [], 0
+        piece.append(sequence)
+        size += len(sequence)
+    if piece:
+        yield piece
 
 
 def _size_class(tokens: int) -> int:

@@ -11,6 +11,7 @@ from datastore.suffix_build import KeyLayout
 from datastore.suffix_search import search
 from pipeline.lookup import Lookup, context_tails
 
+CONTEXT_TOKENS = KeyLayout.of(np.dtype(np.uint16)).depth  # no match is longer
 MAX_DEPTH = 16
 MAX_SAMPLES = 32
 MAX_NODES = 64
@@ -58,15 +59,14 @@ class SegmentSet:
             depths: [B] deepest node of each, if some need less than `options.max_depth`.
         """
         tails, lengths = context_tails(contexts, self.depth)
-        if depths is None:
-            depths = np.full(len(contexts), options.max_depth, np.int32)
+        wanted = np.broadcast_to(options.max_depth if depths is None else depths, len(contexts))
         return Lookup(
             *search(
                 self._table,
                 self._dtype,
                 tails,
                 lengths,
-                np.clip(depths, 0, options.max_depth).astype(np.int32),
+                np.clip(wanted, 0, options.max_depth).astype(np.int32),
                 options.max_samples,
                 options.max_nodes,
                 options.min_match,

@@ -17,7 +17,6 @@ from datastore.format import (
     RECORD,
     SEGMENTS,
     SegmentRecord,
-    fsync,
     record_files,
     token_dtype,
     write_array,
@@ -25,6 +24,7 @@ from datastore.format import (
 )
 from datastore.suffix_build import SAMPLE_STEP, SuffixArrays, build_suffix, separator
 from datastore.suffix_search import table_row
+from pipeline.durable import fsync
 from pipeline.errors import DatastoreError
 
 MAX_TOKENS = (1 << 32) - 2
@@ -77,12 +77,21 @@ def build_segment(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int, num_
     """
     if len(tokens) + len(offsets) > MAX_TOKENS:
         raise DatastoreError(f"A segment holds at most {MAX_TOKENS:,} tokens, not {len(tokens):,}; make smaller ones.")
-    if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
-        outside = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-        raise DatastoreError(f"Token id {outside} is outside the vocabulary of {vocab_size}; check the tokenizer.")
+    check_vocabulary(tokens, vocab_size)
     separated = _with_separators(tokens, offsets, token_dtype(vocab_size))
     bounds = offsets + np.arange(1, len(offsets) + 1)
     return _segment(separated, bounds, build_suffix(separated, vocab_size, num_threads))
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int) -> None:
+    """Refuses token ids, [n] integers, outside [0, vocab_size).
+
+    Raises:
+        DatastoreError: there is one.
+    """
+    if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size):
+        outside = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+        raise DatastoreError(f"Token id {outside} is outside the vocabulary of {vocab_size}; check the tokenizer.")
 
 
 def write_segment(
@@ -172,11 +181,25 @@ class StoredSegment:
         return spans - np.searchsorted(self.segment.offsets, spans[:, :1], side="right")
 
     def preload(self) -> None:
-        """Brings the index into the page cache: a cold page costs a lookup milliseconds."""
-        for array in (self.segment.suffix.places, self.segment.tokens, self.segment.suffix.samples):
+        """Brings the index into the page cache, as a cold page costs a lookup milliseconds, and checks that no place or
+        bucket lies outside of it: lookups do not.
+
+        Raises:
+            DatastoreError: it is damaged.
+        """
+        suffix = self.segment.suffix
+        for array in (suffix.places, self.tokens, suffix.samples, suffix.buckets):
             if isinstance(base := getattr(array, "_mmap", None), mmap.mmap):
                 base.madvise(mmap.MADV_WILLNEED)
             np.bitwise_or.reduce(array.view(np.uint8)[::_PAGE], initial=0)
+        last, first = int(suffix.places.max(initial=0)), int(suffix.places.min(initial=1))
+        edges = {int(self.tokens[0]), int(self.tokens[-1])}
+        is_sound = first >= 1 and last < max(len(self.tokens) - 1, 1) and edges == {separator(self.tokens.dtype)}
+        if not is_sound or bool((suffix.buckets[1:] < suffix.buckets[:-1]).any()):
+            raise DatastoreError(
+                f"the index of segment {self.record.name} is damaged. `rasd datastore verify` tells which file; restore"
+                " it, or build the segment again."
+            )
 
 
 def open_segment(store: Path, record: SegmentRecord, vocab_size: int, dimension: int | None = None) -> StoredSegment:

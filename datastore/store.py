@@ -1,6 +1,7 @@
 """A datastore opened for reading: suffix lookups over all its segments, and search for similar passages."""
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Datastore:
         self._segments = tuple(segments)
         self._set = SegmentSet([stored.segment for stored in segments], manifest.token_dtype)
         self._embedder: Embedder | None = None
+        self._embedder_lock = threading.Lock()
         self.lookup([np.zeros(1, np.int32)])  # compiles, or loads what was compiled, before it matters
 
     @staticmethod
@@ -56,7 +58,7 @@ class Datastore:
         Args:
             tokenizer: hash that its tokens must have been made with, see `pipeline.models.tokenizer_hash`.
             dense: open the passages, too, if it has any.
-            preload: read the index once, so that first lookups do not wait for the disk.
+            preload: read the index once, so that first lookups do not wait for the disk, and see that it is sound.
 
         Raises:
             DatastoreError: it is missing, incomplete or damaged, of another format, or of another tokenizer.
@@ -115,6 +117,8 @@ class Datastore:
         """
         if not texts:
             return []
+        if any(stored.dense is None for stored in self._segments):
+            raise DatastoreError(f"{self.path} was opened, or built, without passages; build it with --dense on.")
         vectors = self.embedder().encode(texts)
         found: list[list[Passage]] = [[] for _ in texts]
         for stored in self._segments:
@@ -127,9 +131,10 @@ class Datastore:
 
     def embedder(self) -> "Embedder":
         """The encoder its passages were embedded with, loaded when first needed; see `search` for errors."""
-        if self._embedder is None:
-            self._embedder = _load_embedder(self.path, self.manifest.dense)
-        return self._embedder
+        with self._embedder_lock:
+            if self._embedder is None:
+                self._embedder = _load_embedder(self.path, self.manifest.dense)
+            return self._embedder
 
     def close(self) -> None:
         """Lets go of the mapped files; the datastore must not be used any more."""

@@ -148,7 +148,7 @@ def _longest(
     """Longest match of one context over all segments.
 
     Args:
-        context: [n] int32, the last token first, none negative, n at most the depth of keys.
+        context: [n] int32, the last token first, all of the vocabulary, n at most the depth of keys.
         found: [G, 2] filled with the bounds of the places that have it; empty where a segment's match is shorter.
     """
     query = np.zeros(len(context), np.int64)
@@ -161,8 +161,6 @@ def _longest(
     best = 0
     for g in range(len(table)):
         found[g, 0] = found[g, 1] = 0
-        if context[0] < 0 or context[0] >= table[g, NUM_BUCKETS] - 1:
-            continue
         buckets = carray(_pointer(table[g, BUCKETS]), (table[g, NUM_BUCKETS],), np.uint32)
         samples = carray(_pointer(table[g, SAMPLES]), (table[g, NUM_SAMPLES],), np.uint64)
         low, high = np.int64(buckets[context[0]]), np.int64(buckets[context[0] + 1])
@@ -280,14 +278,17 @@ def _search(
     parents = np.empty(num * max_nodes, np.int32)
     counts = np.empty(num * max_nodes, np.int32)
     found = np.zeros((len(table), 2), np.int64)
+    vocab_size = table[0, NUM_BUCKETS] - 1 if len(table) else 0
     deepest = 0
     for b in range(num):
         deepest = max(deepest, depths[b])
     trie = np.empty((max_samples * deepest, 6), np.int32)
     for b in range(num):
-        kept = 0
-        if lengths[b] > 0:
-            length = _longest(table, like, contexts[b, : lengths[b]], per_word, bits, found)
+        kept = known = 0
+        while known < lengths[b] and contexts[b, known] < vocab_size:  # another id occurs nowhere, and has no key digit
+            known += 1
+        if known > 0:
+            length = _longest(table, like, contexts[b, :known], per_word, bits, found)
             if length >= min_match:
                 matches[b] = length
                 size = _grow(table, like, found, depths[b], max_samples, trie)

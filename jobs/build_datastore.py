@@ -26,7 +26,14 @@ from jobs.segments.making import Made, OpenPool, make_segments
 from jobs.segments.pool import ray_pool
 from jobs.segments.progress import SegmentProgress
 from jobs.segments.report import corpus_outcome, log_outcome, outcome, print_outcome
-from jobs.segments.store import StoreWriter, check_published, next_number, store_directory, writing_store
+from jobs.segments.store import (
+    StoreWriter,
+    check_published,
+    next_number,
+    repaired,
+    store_directory,
+    writing_store,
+)
 from jobs.segments.task import Recipe, build_segment
 from jobs.signals import StopSignals
 from pipeline.errors import DatastoreError, InputError
@@ -62,6 +69,9 @@ def build(config: BuildConfig, open_pool: OpenPool | None = None) -> int:
                 raise InputError("not one document of the corpus has a token. Check the corpus and --text-column.")
             if before is None:
                 store.publish(Manifest(spec.tokenizer, spec.vocab_size, spec.dense, segments))
+            elif made.built:  # segments that had been damaged: other bytes may have come out
+                segments = repaired(before, made.segments)
+                store.publish(replace(before, segments=segments))
     is_complete = before is not None and not made.built
     return _finish(config, corpus, made, segments, signals, began, is_complete=is_complete)
 

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.parts import fsync
 from actors.rows import ShardResult, ShardStats
 from jobs.files import create_json, read_json, writing
 from jobs.lease import Lease
+from pipeline.durable import fsync
 from pipeline.errors import JobError
 
 _PART = re.compile(r"part-(\d{6,})\.parquet")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.parts import fsync
+from pipeline.durable import fsync, replace_json, write_beside
 from pipeline.errors import JobError
 
 
@@ -30,9 +30,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         JobError: it cannot be written.
     """
     with writing(path):
-        temporary = _write_beside(path, value)
-        temporary.replace(path)
-        fsync(path.parent)
+        replace_json(path, value)
 
 
 def create_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -42,7 +40,7 @@ def create_json(path: Path, value: Mapping[str, Any]) -> None:
         JobError: `path` exists, and is left as it is; or it cannot be written.
     """
     with writing(path):
-        temporary = _write_beside(path, value)
+        temporary = write_beside(path, value)
         try:
             # A hard link is the POSIX operation that both publishes a complete file and fails if the name is taken.
             os.link(temporary, path)
@@ -58,13 +56,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _write_beside(path: Path, value: Mapping[str, Any]) -> Path:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary

@@ -7,13 +7,13 @@ Nothing is tokenised or embedded again: documents and vectors are taken as they 
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from datastore.format import Manifest, SegmentRecord, check_sizes, read_manifest
+from datastore.format import Manifest, SegmentRecord, check_digests, read_manifest
 from datastore.segment import open_segment
 from jobs.corpus.digest_set import DigestSet
 from jobs.datastore_config import MergeConfig
@@ -23,7 +23,7 @@ from jobs.segments.making import OpenPool, make_segments
 from jobs.segments.pool import ray_pool
 from jobs.segments.progress import SegmentProgress
 from jobs.segments.report import log_outcome, outcome, print_outcome
-from jobs.segments.store import check_published, store_directory, writing_store
+from jobs.segments.store import check_published, repaired, store_directory, writing_store
 from jobs.segments.task import Recipe, merge_segment
 from jobs.signals import StopSignals
 from pipeline.errors import ConfigError, DatastoreError
@@ -68,8 +68,11 @@ def merge(config: MergeConfig, inputs: Sequence[str], open_pool: OpenPool | None
                 lambda made: progress.show(merging.num_read, merging.num_documents, made),
             )
         segments = made.segments if before is None else before.segments
-        if before is None and signals.received is None:
+        if signals.received is None and before is None:
             store.publish(Manifest(spec.tokenizer, spec.vocab_size, spec.dense, segments))
+        elif signals.received is None and before is not None and made.built:
+            segments = repaired(before, made.segments)
+            store.publish(replace(before, segments=segments))
     is_complete = before is not None and not made.built
     state = "stopped" if signals.received is not None else "complete" if is_complete else "done"
     record = outcome(state, segments, made, time.monotonic() - began)
@@ -132,7 +135,8 @@ class _Merging:
         self, store: Path, record: SegmentRecord
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Numbers [d], lengths [d], digests [d, 2] and names of a segment's documents that were not seen before."""
-        check_sizes(store, [record])
+        if problems := check_digests(store, [record]):  # or damage would get checksums of its own
+            raise DatastoreError(f"{problems[0]}. Restore the file, or build {store} again.")
         stored = open_segment(store, record, self._spec.vocab_size)
         digests = stored_digests(store, stored)
         documents = np.flatnonzero(self._seen.add_all(digests))

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig, ServiceStats, load_of
+from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig, ServiceStats, group_of, load_of
 from actors.searchers import RetrievalConfig
 from datastore.format import check_sizes, read_manifest
 from jobs.config import GenerateConfig
@@ -61,6 +61,7 @@ class RetrievalServices:
     def __init__(self, config: GenerateConfig, facts: ModelFacts, sources: Collection[str], vocab_size: int) -> None:
         output = str(Path(config.output).expanduser().absolute())
         store = None if config.datastore is None else str(Path(config.datastore).expanduser().absolute())
+        self._fingerprint = None if store is None else read_manifest(Path(store)).fingerprint
         self._service = ServiceConfig(
             datastore=store,
             tokenizer=facts.tokenizer,
@@ -72,6 +73,7 @@ class RetrievalServices:
         self.config = RetrievalConfig(
             mode=config.retrieval,
             datastore=store,
+            fingerprint=self._fingerprint,
             tokenizer=facts.tokenizer,
             live_capacity=config.live_tokens,
             num_passages=config.passages,
@@ -81,14 +83,16 @@ class RetrievalServices:
         )
 
     def notes(self) -> list[str]:
-        """What a user should know of how the services did: failures, restarts' counters, and too much load."""
+        """What a user should know of how the services did: failures, and too much load."""
         notes = []
         for name, stats in zip(self.config.services, self._stats(), strict=True):
             where = f" on node {name[:8]}" if name else ""
             if stats is None:
                 notes.append(f"the retrieval service{where} did not answer at the end")
             elif stats.failure is not None:
-                notes.append(f"the retrieval service{where} had no datastore: {stats.failure}")
+                notes.append(f"the retrieval service{where} did not serve everything: {stats.failure}")
+            elif not stats.is_ready:
+                notes.append(f"the retrieval service{where} was still loading at the end")
             elif load_of(stats) > _HIGH_LOAD:
                 notes.append(
                     f"the retrieval service{where} was busy {load_of(stats):.0%} of the time: --retrieval auto searches"
@@ -98,7 +102,8 @@ class RetrievalServices:
 
     def _stats(self) -> list[ServiceStats | None]:
         futures = [
-            service.stats.options(concurrency_group="control").remote() for service in self.config.services.values()
+            service.stats.options(concurrency_group=group_of("stats")).remote()
+            for service in self.config.services.values()
         ]
         found: list[ServiceStats | None] = []
         for future in futures:
@@ -119,12 +124,12 @@ class RetrievalServices:
 
     def _launch(self, node: str, suffix: str) -> Any:
         """An actor on a node; Ray starts it again whenever it dies, and calls meanwhile fail."""
-        store = self._service.datastore
-        fingerprint = "live" if store is None else read_manifest(Path(store)).fingerprint[:12]
+        name = "live" if self._fingerprint is None else self._fingerprint[:12]
         remote: Any = ray.remote  # typed without concurrency groups
         lifted = remote(concurrency_groups=CONCURRENCY_GROUPS)(RetrievalService).options(
-            name=f"rasd-retrieval-{fingerprint}{suffix}",
+            name=f"rasd-retrieval-{name}{suffix}",
             num_cpus=0,
+            runtime_env={"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},  # GPUs are the replicas'
             max_restarts=-1,
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),

@@ -22,7 +22,7 @@ class TokenTree:
         parents: [N] int32 index of the parent node, -1 for children of the root; always smaller than the node's own
             index.
         scores: [N] float32 estimated p(accepted | parent accepted), in [0, 1].
-        sources: [N] int8 index into `SOURCES`: who proposed the node first.
+        sources: [N] int8 index into `SOURCES`: who proposed the node with the highest score.
         matches: [N] int16 tokens before the node that occurred in the same order where it was found; 0 if nothing was
             searched.
     """
@@ -113,7 +113,7 @@ def _merge(tokens: np.ndarray, parents: np.ndarray, trees: np.ndarray) -> tuple[
 def fuse(trees: Sequence[TokenTree]) -> TokenTree:
     """Union of trees by longest-prefix matching: equal paths become one (RASD, arXiv 2503.03434, section 3.3).
 
-    A node proposed by several trees keeps its first proposer as the source, and the highest score and match.
+    A node proposed by several trees keeps the source, score and match of the highest score, the first of equals.
     """
     trees = [tree for tree in trees if len(tree)]
     if len(trees) <= 1:
@@ -123,14 +123,10 @@ def fuse(trees: Sequence[TokenTree]) -> TokenTree:
     sources = np.concatenate([tree.sources for tree in trees])
     origin = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
     place, union_parents = _merge(tokens, np.concatenate([tree.parents for tree in trees]), origin)
-    size = len(union_parents)
-    first = np.full(size, len(tokens), np.int64)
-    np.minimum.at(first, place, np.arange(len(tokens)))
-    best = np.zeros(size, np.float32)
-    np.maximum.at(best, place, scores)
-    longest = np.zeros(size, np.int16)
-    np.maximum.at(longest, place, np.concatenate([tree.matches for tree in trees]))
-    return TokenTree(tokens[first], union_parents, best, sources[first], longest)
+    order = np.lexsort((-scores, place))  # by place, the highest score first
+    best = order[np.searchsorted(place[order], np.arange(len(union_parents)))]
+    matches = np.concatenate([tree.matches for tree in trees])
+    return TokenTree(tokens[best], union_parents, scores[best], sources[best], matches[best])
 
 
 def prune(tree: TokenTree, keep: np.ndarray) -> TokenTree:

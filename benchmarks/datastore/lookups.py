@@ -17,17 +17,19 @@ def contexts_of(tokens: np.ndarray, number: int, seed: int = 0) -> list[np.ndarr
     """Ends of text from the corpus, half of them with one token changed, 1 to 17 places from the end: matches of every
     length occur."""
     random = np.random.default_rng(seed)
+    most = int(tokens.max())
     found = []
     for i, begin in enumerate(random.integers(0, len(tokens) - 32, number)):
         context = tokens[begin : begin + 32].astype(np.int32)
         if i % 2:
-            context[-int(random.integers(1, 18))] = random.integers(0, int(tokens.max()))
+            context[-int(random.integers(1, 18))] = random.integers(0, most)
         found.append(context)
     return found
 
 
 def measure(searched: SegmentSet, contexts: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Warm lookups in batches of 64: mean, median and p99 over batches of the microseconds a query."""
+    """Warm lookups: microseconds a query in batches of 64 (mean, median and p99 over batches), and of queries alone,
+    the Python around the compiled call included."""
     options = LookupOptions()
     batches = [contexts[i : i + BATCH] for i in range(0, len(contexts) - BATCH + 1, BATCH)]
     for batch in batches:
@@ -39,18 +41,25 @@ def measure(searched: SegmentSet, contexts: Sequence[np.ndarray]) -> dict[str, A
         micros.append((time.perf_counter() - begin) / BATCH * 1e6)
         nodes += len(found.tokens)
         matches += int(found.match_lengths.sum())
+    singles = []
+    for context in contexts[: 64 * BATCH]:
+        begin = time.perf_counter()
+        searched.lookup([context], options)
+        singles.append((time.perf_counter() - begin) * 1e6)
     return {
         "batch": BATCH,
         "queries": BATCH * len(batches),
-        "micros_a_query": {
-            "mean": round(float(np.mean(micros)), 2),
-            "p50": round(float(np.percentile(micros, 50)), 2),
-            "p99": round(float(np.percentile(micros, 99)), 2),
-        },
+        "micros_a_query": _summary(micros),
+        "micros_of_single_queries": _summary(singles),
         "mean_match": round(matches / (BATCH * len(batches)), 2),
         "mean_nodes": round(nodes / (BATCH * len(batches)), 1),
         "other_thread_speed": round(_other_thread(searched, batches), 3),
     }
+
+
+def _summary(micros: Sequence[float]) -> dict[str, float]:
+    percentiles = {f"p{q}": round(float(np.percentile(micros, q)), 2) for q in (50, 99)}
+    return {"mean": round(float(np.mean(micros)), 2), **percentiles}
 
 
 def _other_thread(searched: SegmentSet, batches: Sequence[Sequence[np.ndarray]]) -> float:

@@ -24,7 +24,6 @@ from datastore.format import (
     Manifest,
     SegmentRecord,
     check_sizes,
-    fsync,
     read_manifest,
     read_record,
     write_manifest,
@@ -32,6 +31,7 @@ from datastore.format import (
 from jobs.files import read_json, write_json
 from jobs.lease import Lease
 from jobs.segments.chunks import Wanted
+from pipeline.durable import fsync
 from pipeline.errors import ConfigError, DatastoreError
 
 BUILD = "build.json"
@@ -179,6 +179,12 @@ def check_published(wanted: Iterable[W], manifest: Manifest, path: Path) -> Iter
                 f" {each.name}. Restore the corpus, choose another --output, or add to it with `rasd datastore append`."
             )
         yield each
+
+
+def repaired(manifest: Manifest, made: Iterable[SegmentRecord]) -> tuple[SegmentRecord, ...]:
+    """The manifest's segments, those that were made again with their new records."""
+    new = {record.name: record for record in made}
+    return tuple(new.get(record.name, record) for record in manifest.segments)
 
 
 def next_number(manifest: Manifest) -> int:

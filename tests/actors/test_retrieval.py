@@ -15,7 +15,7 @@ import ray
 
 from actors.live_rows import committed_outputs
 from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig, ServiceStats
-from actors.searchers import LocalSearcher, Misses, ServicePassages, ServiceSearcher, ServiceSink
+from actors.searchers import LocalPassages, LocalSearcher, Misses, ServicePassages, ServiceSearcher, ServiceSink
 from datastore import Datastore, LiveStore
 from datastore.format import Manifest, write_manifest
 from datastore.segment import write_segment
@@ -128,7 +128,7 @@ def test_an_output_is_searchable_within_a_second(tmp_path: Path, start: Callable
     until(lambda: bool(ask(searcher)["live"].match_lengths[1]), 1.0)
 
 
-def test_a_late_answer_is_an_empty_one_and_counts_once(tmp_path: Path, start: Callable[[ServiceConfig], Any]) -> None:
+def test_a_late_answer_is_an_empty_one_and_counts(tmp_path: Path, start: Callable[[ServiceConfig], Any]) -> None:
     service = start(config_of(None, tmp_path / "out"))
     pid = ready(service).pid
     misses = Misses()
@@ -142,7 +142,7 @@ def test_a_late_answer_is_an_empty_one_and_counts_once(tmp_path: Path, start: Ca
         for _ in range(20):
             assert ask(searcher) == {}
         assert time.monotonic() - begin < 0.05, "while the late call hangs, nothing more is asked or waited for"
-        assert misses.take() == 1
+        assert misses.take() == 21, "every round without an answer counts"
     finally:
         os.kill(pid, signal.SIGCONT)
     until(lambda: "live" in ask(searcher))
@@ -173,7 +173,9 @@ def test_a_service_without_its_datastore_serves_the_rest_and_says_why(
     service = start(config_of(store, tmp_path / "out", tokenizer="other"))
     until(lambda: stats_of(service).failure is not None)
     assert "built with tokenizer" in str(stats_of(service).failure)
-    assert set(ask(searcher_of(service, Misses()))) == {"live"}
+    misses = Misses()
+    assert set(ask(searcher_of(service, misses))) == {"live"}
+    assert misses.take() == 1, "an answer that lacks a source is a miss"
 
 
 def test_health_answers_while_lookups_are_under_way(tmp_path: Path, start: Callable[[ServiceConfig], Any]) -> None:
@@ -200,9 +202,36 @@ def test_passages_of_a_dead_service_are_none(tmp_path: Path, start: Callable[[Se
     misses = Misses()
     source = ServicePassages(service, 3, misses)
     assert source.passages(["a", "b"]) == [(), ()], "it has no datastore"
+    assert misses.take() == 0, "and says so"
     ray.kill(service)
     assert source.passages(["a"]) == [()]
     assert misses.take() == 1
+
+
+def test_outputs_for_a_service_that_stands_still_are_dropped(
+    tmp_path: Path, start: Callable[[ServiceConfig], Any]
+) -> None:
+    service = start(config_of(None, tmp_path / "out"))
+    pid = ready(service).pid
+    sink = ServiceSink([service])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begin = time.monotonic()
+        for _ in range(300):
+            sink.append([np.array([1, 2], np.int32)])
+        assert time.monotonic() - begin < 5.0
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: stats_of(service).live_sequences > 0)
+    time.sleep(0.5)
+    assert stats_of(service).live_sequences <= 65
+
+
+def test_passages_in_process_without_an_embedder_are_none(store: Path) -> None:
+    misses = Misses()
+    source = LocalPassages(Datastore.open(store), 3, misses)
+    assert source.passages(["a", "b"]) == source.passages(["c", "d"]) == [(), ()]
+    assert misses.take() == 2
 
 
 def test_committed_outputs_are_the_newest_and_only_what_commits_name(tmp_path: Path) -> None:

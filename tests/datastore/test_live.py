@@ -59,6 +59,18 @@ def test_memory_is_bounded_and_the_oldest_is_evicted_first() -> None:
     assert len(known) * 303 > capacity * 0.75
 
 
+def test_one_append_of_more_than_the_capacity_keeps_the_newest() -> None:
+    """A restarted service appends at once what a job has committed. All of it used to go with one eviction."""
+    capacity = 1 << 17
+    live = LiveStore(VOCABULARY, capacity)
+    live.append([marked(number) for number in range(600)])
+    assert capacity * 0.75 < live.num_tokens <= capacity
+    known = [number for number in range(600) if is_known(live, number)]
+    assert known == list(range(known[0], 600)) and len(known) > 300
+    live.append([np.arange(200_000) % VOCABULARY])
+    assert 0 < live.num_tokens <= capacity
+
+
 def test_segments_stay_few_while_it_grows() -> None:
     live = LiveStore(VOCABULARY, 4_000_000)
     for number in range(1500):

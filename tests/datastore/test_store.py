@@ -3,13 +3,22 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datastore import Datastore
-from datastore.format import FORMAT, Manifest, check_digests, read_record, token_dtype, write_manifest
+from datastore.format import (
+    FORMAT,
+    Manifest,
+    check_digests,
+    read_manifest,
+    read_record,
+    token_dtype,
+    write_manifest,
+)
 from datastore.segment import open_segment, write_segment
 from pipeline.errors import DatastoreError
 from tests.datastore.naive import arrays_of, counts_of, naive_lookup
@@ -69,6 +78,11 @@ def test_bytes_a_token(tmp_path: Path) -> None:
     assert record.bytes / record.tokens < 6.5
 
 
+def rewrite(store: Path, vocab_size: int) -> None:
+    """A manifest that is whole but does not fit the files."""
+    write_manifest(store, replace(read_manifest(store), vocab_size=vocab_size))
+
+
 def edit_manifest(store: Path, change: Callable[[dict[str, object]], None]) -> None:
     path = store / "manifest.json"
     value = json.loads(path.read_text())
@@ -87,8 +101,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda s: (s / "manifest.json").write_text("[]"), "no JSON object"),
     "other format": (lambda s: edit_manifest(s, lambda m: m.update(format=99)), f"format 99; .* reads format {FORMAT}"),
     "field lost": (lambda s: edit_manifest(s, lambda m: m.pop("segments")), "damaged .*segments"),
-    "other vocabulary": (lambda s: edit_manifest(s, lambda m: m.update(vocab_size=101)), "buckets.bin does not fit"),
-    "wider tokens": (lambda s: edit_manifest(s, lambda m: m.update(vocab_size=70_000)), "does not fit"),
+    "other vocabulary": (lambda s: rewrite(s, 101), "buckets.bin does not fit"),
+    "wider tokens": (lambda s: rewrite(s, 70_000), "does not fit"),
     "segment gone": (lambda s: shutil.rmtree(s / "segments" / "000001"), "is missing, the manifest says"),
     **{
         name: (lambda s, name=name: truncate(s, name), rf"{name} has [\d,]+ bytes, the manifest says [\d,]+")
@@ -122,6 +136,33 @@ def test_every_flipped_byte_changes_a_digest(store: Path) -> None:
                 (problem,) = check_digests(store, manifest.segments)
                 assert str(path) in problem
             path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "places.bin", "buckets.bin", "samples.bin"])
+def test_a_damaged_index_is_refused_or_stays_within_its_bounds(store: Path, name: str) -> None:
+    """Compiled lookups check no bounds: what could lead them outside must not open."""
+    path = store / "segments" / "000001" / name
+    whole = path.read_bytes()
+    refused = 0
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x80]) + whole[at + 1 :])
+        try:
+            opened = Datastore.open(store, tokenizer=TOKENIZER)
+        except DatastoreError as error:
+            assert "index of segment 000001 is damaged" in str(error) or "does not fit" in str(error)
+            refused += 1
+            continue
+        found = opened.lookup([[1, 2, 3], [2, 3, 4], [7]], max_depth=5)
+        assert bool((found.match_lengths <= 3).all())
+    assert refused > 0 or name in {"samples.bin", "tokens.bin"}
+    path.write_bytes(whole)
+
+
+def test_a_manifest_whose_content_was_changed_is_refused(store: Path) -> None:
+    path = store / "manifest.json"
+    path.write_text(path.read_text().replace('"tokens": 14', '"tokens": 15'))
+    with pytest.raises(DatastoreError, match="damaged: its content has the fingerprint"):
+        Datastore.open(store, tokenizer=TOKENIZER)
 
 
 def test_search_without_passages_says_how_to_get_them(store: Path) -> None:

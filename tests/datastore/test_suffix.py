@@ -153,8 +153,8 @@ def test_real_text_equals_a_naive_scan(smollm2: tuple[PreTrainedModel, PreTraine
 
 def test_a_context_ends_at_its_last_negative_value_and_unknown_tokens_match_nothing() -> None:
     searched = set_of([[[1, 2, 3, 4]]], 10)
-    found = searched.lookup(int32([[1, -1, 2, 3], [2, 3], [9], [10_000_000], []]), EVERYTHING)
-    assert found.match_lengths.tolist() == [2, 2, 0, 0, 0]
+    found = searched.lookup(int32([[1, -1, 2, 3], [2, 3], [9], [10_000_000], [], [70_000, 2, 3]]), EVERYTHING)
+    assert found.match_lengths.tolist() == [2, 2, 0, 0, 0, 2]
     assert counts_of(found, 0) == counts_of(found, 1)
 
 

@@ -45,7 +45,7 @@ def views(*contexts: list[int]) -> list[SlotView]:
 def test_siblings_share_the_rate_of_their_source_and_match_by_their_counts() -> None:
     rates = AcceptanceTable().rates
     rates[CORPUS, 3], rates[CORPUS, 4] = 0.8, 0.9
-    (tree,) = trees_of("corpus", lookup_of((3, [(7, -1, 3), (9, 0, 3), (8, -1, 1)])), rates)
+    (tree,) = trees_of("corpus", lookup_of((3, [(7, -1, 3), (9, 0, 3), (8, -1, 1)])), rates, 100)
     assert tree.tokens.tolist() == [7, 9, 8]
     assert tree.scores.tolist() == pytest.approx([0.6, 0.9, 0.2])
     assert tree.matches.tolist() == [3, 4, 3], "a node adds its parent's token to the match"
@@ -55,26 +55,33 @@ def test_siblings_share_the_rate_of_their_source_and_match_by_their_counts() -> 
 def test_unlikely_paths_are_dropped_and_matches_are_capped() -> None:
     rates = np.full((len(SOURCES), MAX_MATCH + 1), 0.5, np.float32)
     chain = [(token, token - 1, 1) for token in range(40)]
-    (tree,) = trees_of("live", lookup_of((20, chain)), rates)
+    (tree,) = trees_of("live", lookup_of((20, chain)), rates, 100)
     assert len(tree) == 5, "0.5 ** 5 is the last of at least 0.02"
-    assert trees_of("live", lookup_of((30, chain[:4])), rates)[0].matches.tolist() == [30, 31, 32, 32]
+    assert trees_of("live", lookup_of((30, chain[:4])), rates, 100)[0].matches.tolist() == [30, 31, 32, 32]
 
 
 def test_sources_of_all_searchers_are_fused_for_each_slot() -> None:
     near = Scripted({"live": lookup_of((2, [(5, -1, 1)]), (0, []))})
     far = Scripted({"corpus": lookup_of((4, [(5, -1, 2), (6, 0, 2)]), (1, [(8, -1, 1)]))})
-    retriever = SearchRetriever([near, far], AcceptanceTable())
+    retriever = SearchRetriever([near, far], AcceptanceTable(), 100)
     both = views([1, 2], [3])
     retriever.send(both)
     first, second = retriever.lookup(both)
     assert near.asked == far.asked == [[1, 2], [3]]
     assert {path_of(first, i) for i in range(len(first))} == {(5,), (5, 6)}
-    assert first.sources.tolist() == [LIVE, CORPUS]
+    assert first.sources.tolist() == [CORPUS, CORPUS], "the longer match is the likelier one"
     assert second.tokens.tolist() == [8]
 
 
+def test_ids_that_the_target_does_not_have_are_left_out_with_what_follows_them() -> None:
+    lookup = lookup_of((3, [(7, -1, 3), (100, 0, 3), (8, 1, 3), (9, 0, 1)]))
+    (tree,) = trees_of("corpus", lookup, AcceptanceTable().rates, 100)
+    assert tree.tokens.tolist() == [7, 9]
+    assert tree.parents.tolist() == [-1, 0]
+
+
 def test_silence_is_an_empty_tree() -> None:
-    retriever = SearchRetriever([Scripted({})], AcceptanceTable())
+    retriever = SearchRetriever([Scripted({})], AcceptanceTable(), 100)
     some = views([1, 2], [3])
     retriever.send(some)
     assert [len(tree) for tree in retriever.lookup(some)] == [0, 0]

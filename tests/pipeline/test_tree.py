@@ -41,10 +41,10 @@ def test_fuse_is_the_union_of_paths(some: list[TokenTree]) -> None:
     assert set(nodes) == set().union(*(paths(tree) for tree in some))
     for path, node in nodes.items():
         proposals = [(tree, paths(tree)[path]) for tree in some if path in paths(tree)]
-        first, first_node = proposals[0]
-        assert fused.sources[node] == first.sources[first_node]
-        assert fused.scores[node] == max(tree.scores[i] for tree, i in proposals)
-        assert fused.matches[node] == max(tree.matches[i] for tree, i in proposals)
+        best, best_node = max(proposals, key=lambda proposal: proposal[0].scores[proposal[1]])
+        assert fused.sources[node] == best.sources[best_node]
+        assert fused.scores[node] == best.scores[best_node]
+        assert fused.matches[node] == best.matches[best_node]
 
 
 @bounded
