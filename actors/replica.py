@@ -44,7 +44,8 @@ class ReplicaConfig:
         budget: most tree nodes a slot and round; None tunes itself.
         kv_memory: bytes for keys and values; None takes a share of what is free.
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
-        retrieval: where they are; None if the method needs none of them.
+        draft: model for the source `draft`.
+        retrieval: where the others are; None if the method needs none of them.
         num_threads: CPU threads of torch and numba; None leaves their default.
     """
 
@@ -63,6 +64,7 @@ class ReplicaConfig:
     prefill_chunk: int
     trust_remote_code: bool
     sources: tuple[str, ...]
+    draft: str | None
     retrieval: RetrievalConfig | None
     replica: int
     num_threads: int | None
@@ -83,6 +85,7 @@ class Replica:
         self._loop: EngineLoop | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._sources: Sources | None = None
+        self._vocab_size = 0
         self._request_ids = itertools.count()
         self._stats = ShardStats()
         self._stats_lock = threading.Lock()
@@ -107,10 +110,16 @@ class Replica:
             resolved, getattr(torch, config.dtype), device, trust_remote_code=config.trust_remote_code
         )
         options = EngineOptions(config.slots, config.budget, config.kv_memory, config.max_context, config.prefill_chunk)
+        self._vocab_size = model.config.get_text_config().vocab_size
         if config.retrieval is not None:
-            self._sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size)
+            self._sources = open_sources(config.retrieval, method.sources, self._vocab_size)
         searchers = self._sources.searchers if self._sources is not None else ()
-        engine = build_engine(model, tokenizer, method, options, searchers)
+        draft = None
+        if config.draft is not None and "draft" in method.sources:
+            draft = load_causal_lm(
+                resolve_model(config.draft), model.dtype, device, trust_remote_code=config.trust_remote_code
+            )
+        engine = build_engine(model, tokenizer, method, options, searchers, draft)
         self._tokenizer = tokenizer
         self._loop = EngineLoop(engine)
         return ReplicaInfo(
@@ -192,7 +201,7 @@ class Replica:
         good = [i for i, row in enumerate(rows) if row.error is None]
         if source is not None and good:
             for i, passages in zip(good, source.passages([_question(rows[i]) for i in good]), strict=True):
-                found[i] = passages
+                found[i] = tuple(passage[passage < self._vocab_size] for passage in passages)
         return found
 
     def _add(self, writer: PartWriter, sample: _Sample, result: Generation | RowError | RowFailure) -> None:

@@ -16,7 +16,7 @@ AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Retrieving:
-    """How a job drafts: its method, and what it has for it to search (`PROVIDED_BY` in `pipeline.methods`)."""
+    """How a job drafts: its method, and what it has for it (`PROVIDED_BY` in `pipeline.methods`)."""
 
     method: str
     sources: frozenset[str]
@@ -73,7 +73,7 @@ class Backend(Protocol):
         """What a replica would need; raises ModelError."""
 
     def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
-        """What the job has to search; raises DatastoreError."""
+        """Which sources of `PROVIDED_BY` the job has; raises DatastoreError or ModelError."""
 
     def services(self, config: GenerateConfig, facts: ModelFacts, retrieving: Retrieving) -> "Services | None":
         """Starts what the replicas share; None if they share nothing."""
@@ -99,16 +99,21 @@ class ModelBackend:
 
     def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
         """See `Backend.sources`."""
+        from jobs.facts import check_draft
         from jobs.retrieval import provided_sources
 
-        return provided_sources(config, facts)
+        sources = provided_sources(config, facts)
+        if config.draft is not None:
+            check_draft(config.draft, config, facts)
+            sources |= {"draft"}
+        return sources
 
     def services(self, config: GenerateConfig, facts: ModelFacts, retrieving: Retrieving) -> "Services | None":
         """See `Backend.services`."""
         from jobs.facts import vocab_size
         from jobs.retrieval import RetrievalServices, sources_of
 
-        used = sources_of(retrieving.method, retrieving.sources)
+        used = sources_of(retrieving.method, retrieving.sources - {"draft"})
         return RetrievalServices(config, facts, used, vocab_size(config)) if used else None
 
     def launch(self, launch: Launch) -> Any:
@@ -130,6 +135,7 @@ class ModelBackend:
                 slots=config.slots,
                 method=launch.retrieving.method,
                 sources=tuple(launch.retrieving.sources),
+                draft=None if config.draft is None else _anywhere(config.draft),
                 retrieval=None if launch.services is None else launch.services.config,
                 budget=_or_none(config.budget),
                 sampling=config.sampling(),

@@ -111,6 +111,13 @@ class GenerateConfig(Options):
         metavar="auto|SIZE",
     )
 
+    draft: str | None = option(
+        None,
+        "speed",
+        "Draft model with the target's tokenizer: a name, directory, .gguf file or hub id.",
+        metavar="MODEL",
+        min_length=1,
+    )
     datastore: str | None = option(
         None, "retrieval", "Datastore built with `rasd datastore build` for this model.", metavar="DIR"
     )
@@ -123,7 +130,12 @@ class GenerateConfig(Options):
     passages: int = option(4, "retrieval", "Passages of the datastore looked up for each prompt.", ge=0)
     live_tokens: int = option(1 << 22, "retrieval", "Tokens of finished outputs kept for the search.", ge=1)
     retrieval_deadline: float = option(
-        20.0, "retrieval", "Milliseconds that a round waits for a retrieval service at most.", gt=0.0
+        20.0,
+        "retrieval",
+        "Milliseconds that a round waits for a retrieval service at most.",
+        gt=0.0,
+        le=60_000.0,
+        allow_inf_nan=False,
     )
 
     num_replicas: Count | Auto = option(

@@ -32,6 +32,20 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
     )
 
 
+def check_draft(name: str, config: GenerateConfig, facts: ModelFacts) -> None:
+    """Refuses a draft model whose token ids mean something else than the target's.
+
+    Raises:
+        ModelError: it has another tokenizer, or cannot be resolved.
+    """
+    tokenizer = load_tokenizer(resolve_model(name), trust_remote_code=config.trust_remote_code)
+    if (found := tokenizer_hash(tokenizer)) != facts.tokenizer:
+        raise ModelError(
+            f"--draft {name} has tokenizer {found[:16]}, --model {config.model} has {facts.tokenizer[:16]}; a draft"
+            " model must have the target's. Choose one of the same family."
+        )
+
+
 def vocab_size(config: GenerateConfig) -> int:
     """Token ids of the target are below it; see `model_facts` for errors."""
     resolved = resolve_model(config.model, config.revision)

@@ -183,7 +183,8 @@ class Job:
         return code
 
     def _attempt(self) -> dict[str, Any]:
-        options = ("slots", "budget", "num_replicas", "num_threads", "prefill_chunk", "kv_memory", "device")
+        options: tuple[str, ...] = ("slots", "budget", "num_replicas", "num_threads", "prefill_chunk", "kv_memory")
+        options += ("device", "draft", "datastore", "live", "retrieval", "passages")
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),

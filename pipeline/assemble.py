@@ -15,6 +15,7 @@ from pipeline.budget import StepTimes
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import ConfigError
 from pipeline.methods import Method, build
+from pipeline.model_drafter import DraftOptions, ModelDrafter
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.search import Searcher
@@ -26,6 +27,7 @@ _CPU_SHARE = 0.25  # of available memory
 _GPU_SHARE = 0.85
 _TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 _MIN_CONTEXT = 16
+_DRAFT_PAGES = 3  # a slot's tree in the draft model's cache, beyond its known tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,13 @@ def build_engine(
     method: Method,
     options: EngineOptions,
     searchers: Sequence[Searcher] = (),
+    draft: PreTrainedModel | None = None,
 ) -> Engine:
     """An engine for a loaded model.
 
     Args:
         searchers: of the method's sources that search text outside the request.
+        draft: a model with the same tokenizer, for the source `draft`; its KV cache shares the memory.
 
     Raises:
         ConfigError: the context asked for is longer than the model's or than KV memory holds.
@@ -66,7 +70,8 @@ def build_engine(
     """
     max_context = _max_context(model, options.max_context)
     shape = kv_shape(model)
-    page_bytes = shape.bytes_per_token * PAGE_SIZE
+    token_bytes = shape.bytes_per_token + (0 if draft is None else kv_shape(draft).bytes_per_token)
+    page_bytes = token_bytes * PAGE_SIZE
     wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
     memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device))
     num_pages = min(memory, wanted) // page_bytes
@@ -76,7 +81,7 @@ def build_engine(
             raise ConfigError(
                 f"--kv-memory gives {memory:,} bytes, room for {max(max_context, 0)} tokens of context; "
                 f"{(options.max_context or _MIN_CONTEXT) + PAGE_SIZE} tokens need "
-                f"{shape.bytes_per_token * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
+                f"{token_bytes * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
                 "Raise --kv-memory or lower --max-context."
             )
     target = Target(model, num_pages, PAGE_SIZE)
@@ -89,7 +94,10 @@ def build_engine(
         prefill_chunk=options.prefill_chunk,
         max_context=max_context,
     )
-    proposers = build(method, acceptance, searchers)
+    drafter = None
+    if draft is not None:
+        drafter = ModelDrafter(Target(draft, num_pages + _DRAFT_PAGES * options.num_slots, PAGE_SIZE), DraftOptions())
+    proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter)
     return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)
 
 

@@ -31,8 +31,8 @@ class AttentionContext:
 
 def rasd_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,  # [1, H, T, D]
-    key: torch.Tensor,  # [1, K, T, D], already in the cache
+    query: torch.Tensor,  # [1, H, C, D]
+    key: torch.Tensor,  # [1, K, C, D], already in the cache
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
@@ -43,7 +43,7 @@ def rasd_attention(
     s_aux: torch.Tensor | None = None,
     **_kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer for a packed row, [1, T, H, D]; the signature is transformers' `AttentionInterface`."""
+    """Attention of one layer for a packed row, [1, C, H, D]; the signature is transformers' `AttentionInterface`."""
     if s_aux is not None:
         raise ModelError(
             f"{type(module).__name__} uses attention sinks, which are not supported; choose another target."
@@ -52,7 +52,9 @@ def rasd_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = cache.keys[layer], cache.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q = query[0].transpose(0, 1)  # [T, H, D]
+    q = query[0].transpose(0, 1)  # [C, H, D]
+    if row.computed is not None:  # nodes done before ask nothing, but stand in the masks
+        q = q.new_zeros((len(row.positions), *q.shape[1:])).index_copy_(0, row.computed, q)  # [T, H, D]
     num_runs = len(row.cached)
     num_short = row.num_short if cpu_attention.is_available() and _has_kernel(q) else 0
     parts: list[torch.Tensor] = []
@@ -66,7 +68,8 @@ def rasd_attention(
         parts.append(_gathered(q, keys, values, row, (0, row.num_short), scale, sliding_window, softcap))
     for i in range(row.num_short, num_runs):
         parts.append(_gathered(q, keys, values, row, (i, i + 1), scale, sliding_window, softcap))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (out if row.computed is None else out[row.computed])[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, rasd_attention)

@@ -75,7 +75,9 @@ class Engine:
         self._config = config
         self._times = times
         pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
-        self._scheduler = Scheduler(config.num_slots, pool, config.prefill_chunk, proposers.retrievers)
+        self._scheduler = Scheduler(
+            config.num_slots, pool, config.prefill_chunk, proposers.retrievers, proposers.drafter
+        )
 
     @property
     def has_work(self) -> bool:
@@ -137,7 +139,8 @@ class Engine:
         return self._commit(work, forward, choices)
 
     def _view(self, slot: Slot) -> SlotView:
-        return SlotView(slot.number, slot.known, slot.stop.max_new_tokens - slot.num_output - 1)
+        max_depth = slot.stop.max_new_tokens - slot.num_output - 1
+        return SlotView(slot.number, slot.known, max_depth, slot.request.params, slot.request.seed)
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         """One target forward pass over all runs and the target's choice after every node; times itself."""

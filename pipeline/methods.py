@@ -9,8 +9,8 @@ from pipeline.errors import ConfigError
 from pipeline.proposal import Drafter, NullDrafter, Retriever
 from pipeline.search import Searcher, SearchRetriever
 
-# Sources that search text outside the request, and the option that provides them.
-PROVIDED_BY = {"passages": "--datastore", "corpus": "--datastore", "live": "--live on"}
+# Sources that need more than the request, and the option that provides them.
+PROVIDED_BY = {"draft": "--draft", "passages": "--datastore", "corpus": "--datastore", "live": "--live on"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Method:
     Attributes:
         name: as in flags, tables and reports.
         summary: one line for help texts.
-        sources: retrieval sources it uses, see `pipeline.tree.SOURCES`.
+        sources: who proposes, see `pipeline.tree.SOURCES`.
         lacks: those of its sources that this job does not have.
     """
 
@@ -35,7 +35,7 @@ class Method:
         if not self.lacks:
             return ()
         options = dict.fromkeys(PROVIDED_BY[source] for source in self.lacks)
-        return (f"method {self.name} without {', '.join(self.lacks)}: give {' and '.join(options)} for more speed",)
+        return (f"method {self.name} works without {' and '.join(self.lacks)}; see {' and '.join(options)}",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,35 +57,44 @@ METHODS = {
             "trees from the context, the passages nearest to the prompt, the corpora, and the job's own outputs",
             ("context", "passages", "corpus", "live"),
         ),
+        Method("draft", "trees of a draft model", ("draft",)),
     )
 }
-BEST_METHOD = "retrieval"
 
 
-def build(method: Method, acceptance: AcceptanceTable, searchers: Sequence[Searcher] = ()) -> Proposers:
+def build(
+    method: Method,
+    acceptance: AcceptanceTable,
+    vocab_size: int,
+    searchers: Sequence[Searcher] = (),
+    drafter: Drafter | None = None,
+) -> Proposers:
     """The drafter and retrievers of a method.
 
     Args:
+        vocab_size: of the target.
         searchers: of the sources that search text outside the request.
+        drafter: of the source `draft`.
     """
     retrievers: list[Retriever] = []
     if "context" in method.sources:
         retrievers.append(ContextRetriever(acceptance))
     if searchers:
-        retrievers.append(SearchRetriever(searchers, acceptance))
-    return Proposers(NullDrafter(), tuple(retrievers))
+        retrievers.append(SearchRetriever(searchers, acceptance, vocab_size))
+    return Proposers(drafter or NullDrafter(), tuple(retrievers))
 
 
 def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> Method:
     """The method called `name`, or the best there is for `auto`.
 
     Args:
-        provided: which sources of `PROVIDED_BY` the job has; the method comes without the others.
+        provided: which sources of `PROVIDED_BY` there are; the method comes without the others.
 
     Raises:
         ConfigError: there is none of that name, or the job has nothing for it to search.
     """
-    chosen = METHODS.get(BEST_METHOD if name == "auto" else name)
+    best = "draft" if "draft" in provided else "retrieval"
+    chosen = METHODS.get(best if name == "auto" else name)
     if chosen is None:
         raise ConfigError(f"--method is {name!r}; it must be auto or one of {', '.join(METHODS)}.")
     lacks = tuple(source for source in chosen.sources if source in PROVIDED_BY and source not in provided)

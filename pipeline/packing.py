@@ -26,6 +26,8 @@ class Run:
         cached: tokens of the slot already in the cache.
         pages: the slot's pages, with room for cached + C + len(tree) tokens.
         wants_logits: whether the root and the tree need logits; False in a prefill chunk that does not reach the root.
+        num_done: leading nodes of known + tree whose keys and values an earlier pass wrote where this run has them:
+            they are seen, not computed again. This is how a tree grows level by level.
     """
 
     known: np.ndarray
@@ -33,9 +35,15 @@ class Run:
     cached: int
     pages: PageRun
     wants_logits: bool
+    num_done: int = 0
 
     def __len__(self) -> int:
         return len(self.known) + len(self.tree)
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits it gets: the root's if that is computed, and those of the tree nodes that are."""
+        return len(self) - max(self.num_done, len(self.known) - 1) if self.wants_logits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +51,10 @@ class PackedRow:
     """All runs of a round as arrays.
 
     Attributes:
-        token_ids, position_ids: [1, T] int64 tensors on the model's device.
-        write_index: [T] int64 tensor, pool token index (page * page_size + offset) of each node's key and value.
-        logits_index: [M] int64 tensor, the nodes whose logits are needed, in order.
+        token_ids, position_ids: [1, C] int64 tensors on the model's device, of the C <= T nodes that are computed.
+        write_index: [C] int64 tensor, pool token index (page * page_size + offset) of each one's key and value.
+        logits_index: [M] int64 tensor, which of the C need logits, in order.
+        computed: [C] int64 tensor, their places among the T nodes; None if these are all.
         starts: [S + 1] int32, the range of each run.
         cached: [S] int32, tokens in the cache before each run.
         block_table: [S, B] int32.
@@ -60,6 +69,7 @@ class PackedRow:
     position_ids: torch.Tensor
     write_index: torch.Tensor
     logits_index: torch.Tensor
+    computed: torch.Tensor | None
     starts: np.ndarray
     cached: np.ndarray
     block_table: np.ndarray
@@ -90,7 +100,8 @@ def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.devi
     masks: list[np.ndarray] = []
     mask_starts = np.full(len(runs), _NO_MASK, np.int64)
     mask_size = 0
-    logits: list[np.ndarray] = []
+    is_computed = np.ones(total, np.bool_)
+    has_logits = np.zeros(total, np.bool_)
     for i, run in enumerate(runs):
         begin, num_known = starts[i], len(run.known)
         root = begin + num_known - 1
@@ -106,13 +117,15 @@ def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.devi
             mask_starts[i] = mask_size
             masks.append(ancestor_mask(run.tree.parents).ravel())
             mask_size += masks[-1].size
-        if run.wants_logits:
-            logits.append(np.arange(root, starts[i + 1]))
+        is_computed[begin : begin + run.num_done] = False
+        has_logits[root : starts[i + 1]] = run.wants_logits
+    computed = np.flatnonzero(is_computed)
     return PackedRow(
-        token_ids=torch.from_numpy(token_ids)[None].to(device),
-        position_ids=torch.from_numpy(positions.astype(np.int64))[None].to(device),
-        write_index=torch.from_numpy(write_index).to(device),
-        logits_index=torch.from_numpy(np.concatenate(logits) if logits else np.empty(0, np.int64)).to(device),
+        token_ids=torch.from_numpy(token_ids[computed])[None].to(device),
+        position_ids=torch.from_numpy(positions[computed].astype(np.int64))[None].to(device),
+        write_index=torch.from_numpy(write_index[computed]).to(device),
+        logits_index=torch.from_numpy(np.flatnonzero(has_logits[computed])).to(device),
+        computed=None if len(computed) == total else torch.from_numpy(computed).to(device),
         starts=starts,
         cached=np.array([run.cached for run in runs], np.int32),
         block_table=block_table([run.pages for run in runs]),

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pipeline.request import SamplingParams
 from pipeline.tree import EMPTY_TREE, TokenTree
 
 
@@ -22,11 +23,14 @@ class SlotView:
         slot: number of the slot, stable from `admit` to `release`.
         tokens: [L] int32 all known tokens; the last is the root. A view: valid in this round only.
         max_depth: deepest node that can still be of use.
+        params, seed: how the target chooses, see `pipeline.request.Request`.
     """
 
     slot: int
     tokens: np.ndarray
     max_depth: int
+    params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class Drafter(Protocol):
 
     def draft(self, views: Sequence[SlotView]) -> Draft:
         """One tree for each view."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The slot's request is gone."""
         ...
 
 
@@ -80,3 +88,6 @@ class NullDrafter:
 
     def draft(self, views: Sequence[SlotView]) -> Draft:
         return Draft([EMPTY_TREE] * len(views))
+
+    def release(self, slot: int) -> None:
+        """There is nothing to let go of."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.packing import Run
 from pipeline.pages import ChainKey, PagePool
-from pipeline.proposal import Retriever
+from pipeline.proposal import Drafter, NullDrafter, Retriever
 from pipeline.slots import Slot
 from pipeline.tree import EMPTY_TREE, TokenTree, prune
 
@@ -33,12 +33,21 @@ class Scheduler:
         pool: page bookkeeping; must hold the longest possible sequence.
         prefill_chunk: most prefill tokens a round, over all slots.
         retrievers: told who comes, grows and goes.
+        drafter: told who goes.
     """
 
-    def __init__(self, num_slots: int, pool: PagePool, prefill_chunk: int, retrievers: Sequence[Retriever]) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        pool: PagePool,
+        prefill_chunk: int,
+        retrievers: Sequence[Retriever],
+        drafter: Drafter | None = None,
+    ) -> None:
         self.pool = pool
         self._prefill_chunk = prefill_chunk
         self._retrievers = retrievers
+        self._drafter = drafter or NullDrafter()
         self._free = list(range(num_slots))[::-1]
         self._waiting: deque[Slot] = deque()
         self._active: list[Slot] = []  # by admission order, oldest first
@@ -158,6 +167,7 @@ class Scheduler:
         self._free.append(slot.number)
         for retriever in self._retrievers:
             retriever.release(slot.number)
+        self._drafter.release(slot.number)
         slot.number = -1
         self._evict_pages(slot)
 

@@ -24,7 +24,7 @@ class Forward:
     """Logits of one packed forward pass.
 
     Attributes:
-        logits: [M, V], rows of each run contiguous: the root's, then its tree nodes'.
+        logits: [M, V], rows of each run contiguous: the root's, then its tree nodes', those done before left out.
         begin: for each run in the order given, its first row in `logits`; -1 for runs that wanted none.
     """
 
@@ -66,7 +66,7 @@ class Target:
         for i in order:
             if runs[i].wants_logits:
                 begin[i] = next_row
-                next_row += 1 + len(runs[i].tree)
+                next_row += runs[i].num_logits
         return Forward(output.logits[0], begin)
 
 

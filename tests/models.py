@@ -76,6 +76,9 @@ class OracleDrafter:
     def draft(self, views: Sequence[SlotView]) -> Draft:
         return Draft([self._tree(view) for view in views])
 
+    def release(self, slot: int) -> None:
+        """It keeps nothing."""
+
     def _tree(self, view: SlotView) -> TokenTree:
         if view.max_depth < 1:
             return EMPTY_TREE

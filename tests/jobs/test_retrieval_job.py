@@ -139,7 +139,7 @@ def kill_services() -> int:
 
 
 def replica_of(number: int, services: dict[str, object], output: Path, tokenizer: str) -> Replica:
-    retrieval = RetrievalConfig("shared", None, tokenizer, 1 << 20, 0, str(output), services, 30.0)
+    retrieval = RetrievalConfig("shared", None, None, tokenizer, 1 << 20, 0, str(output), services, 30.0)
     replica = Replica(
         ReplicaConfig(
             model="smollm2-135m",
@@ -157,6 +157,7 @@ def replica_of(number: int, services: dict[str, object], output: Path, tokenizer
             prefill_chunk=512,
             trust_remote_code=False,
             sources=("live",),
+            draft=None,
             retrieval=retrieval,
             replica=number,
             num_threads=None,
