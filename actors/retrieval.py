@@ -93,11 +93,12 @@ class RetrievalService:
         self._failure: str | None = None
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
-    def lookup(self, contexts: Sequence[np.ndarray], depths: np.ndarray, sources: frozenset[str]) -> dict[str, Lookup]:
-        """What followed the ends of contexts, by source; sources it does not serve, or not yet, are left out.
+    def lookup(self, contexts: np.ndarray, depths: np.ndarray, sources: frozenset[str]) -> dict[str, bytes]:
+        """What followed the ends of contexts, by source, as `Lookup.to_bytes` gives it; sources it does not serve, or
+        not yet, are left out.
 
         Args:
-            contexts: B arrays of [L] int32 token ids, the newest last.
+            contexts: [B, L] int32 token ids, the newest last, see `pipeline.lookup.context_ends`.
             depths: [B] int32 deepest node of each.
         """
         begin = time.perf_counter()
@@ -108,7 +109,7 @@ class RetrievalService:
         if self._live is not None and "live" in sources:
             found["live"] = self._live.lookup(contexts, options, depths)
         self._counters.add(len(contexts), time.perf_counter() - begin)
-        return found
+        return {source: lookup.to_bytes() for source, lookup in found.items()}
 
     def search(self, texts: Sequence[str], k: int) -> list[list[Passage]]:
         """The k passages nearest to each text; none before the datastore is open."""

@@ -19,7 +19,7 @@ from actors.retrieval import group_of
 from datastore import Datastore, LiveStore, Passage
 from datastore.lookup import CONTEXT_TOKENS, LookupOptions
 from pipeline.errors import RasdError
-from pipeline.lookup import Lookup
+from pipeline.lookup import Lookup, context_ends
 
 _PAUSE_SECONDS = 0.25  # after a call that failed; doubles up to the longest
 _LONGEST_PAUSE_SECONDS = 4.0
@@ -142,18 +142,14 @@ class ServiceSearcher:
     def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
         self._future = None
         if self._guard.is_open:
-            ends = np.full((len(contexts), CONTEXT_TOKENS), -1, np.int32)
-            for row, context in zip(ends, contexts, strict=True):
-                end = context[-CONTEXT_TOKENS:]
-                row[CONTEXT_TOKENS - len(end) :] = end
             self._sent_at = time.monotonic()
             try:
-                self._future = self._lookup.remote(ends, depths, self._sources)
+                self._future = self._lookup.remote(context_ends(contexts, CONTEXT_TOKENS), depths, self._sources)
             except RayError as error:
                 self._guard.failed(error, None)
 
     def receive(self) -> Mapping[str, Lookup]:
-        found: Mapping[str, Lookup] = {}
+        found: Mapping[str, bytes] = {}
         if self._future is not None:
             left = self._sent_at + self._deadline - time.monotonic()
             try:
@@ -163,7 +159,7 @@ class ServiceSearcher:
                 self._guard.failed(error, self._future)
         if not self._sources <= found.keys():
             self._misses.add()
-        return found
+        return {source: Lookup.from_bytes(data) for source, data in found.items()}
 
 
 class LiveSink(Protocol):

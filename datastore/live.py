@@ -65,7 +65,7 @@ class LiveStore:
                 self._add(piece)
 
     def lookup(
-        self, contexts: Sequence[np.ndarray], options: LookupOptions, depths: np.ndarray | None = None
+        self, contexts: Sequence[np.ndarray] | np.ndarray, options: LookupOptions, depths: np.ndarray | None = None
     ) -> Lookup:
         """See `SegmentSet.lookup`."""
         return self._set.lookup(contexts, options, depths)

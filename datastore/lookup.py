@@ -48,14 +48,15 @@ class SegmentSet:
         return KeyLayout.of(self._dtype).depth
 
     def lookup(
-        self, contexts: Sequence[np.ndarray], options: LookupOptions, depths: np.ndarray | None = None
+        self, contexts: Sequence[np.ndarray] | np.ndarray, options: LookupOptions, depths: np.ndarray | None = None
     ) -> Lookup:
         """Longest match of each context and what followed it; one call without the GIL for the whole batch.
 
         Segments whose match is as long as the longest share the samples in proportion to their occurrences.
 
         Args:
-            contexts: B arrays of token ids, [L] each, the newest last; only the last `depth` are looked at.
+            contexts: B arrays of token ids, [L] each, the newest last, or [B, L] of them; only the last `depth` are
+                looked at.
             depths: [B] deepest node of each, if some need less than `options.max_depth`.
         """
         tails, lengths = context_tails(contexts, self.depth)

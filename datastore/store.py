@@ -90,7 +90,7 @@ class Datastore:
 
     def lookup(
         self,
-        contexts: Sequence[np.ndarray] | Sequence[Sequence[int]],
+        contexts: Sequence[np.ndarray] | Sequence[Sequence[int]] | np.ndarray,
         *,
         max_depth: int = MAX_DEPTH,
         max_samples: int = MAX_SAMPLES,
@@ -101,12 +101,14 @@ class Datastore:
         """Longest match of each context's end, and a counted trie of what followed it.
 
         Args:
-            contexts: B sequences of token ids, the newest last.
+            contexts: B sequences of token ids, the newest last, or [B, L] of them.
             max_depth, max_samples, max_nodes, min_match: see `LookupOptions`.
             depths: [B] deepest node of each, at most `max_depth`.
         """
         options = LookupOptions(max_depth, max_samples, max_nodes, min_match)
-        return self._set.lookup([np.asarray(context, np.int32) for context in contexts], options, depths)
+        if not isinstance(contexts, np.ndarray):
+            contexts = [np.asarray(context, np.int32) for context in contexts]
+        return self._set.lookup(contexts, options, depths)
 
     def search(self, texts: Sequence[str], k: int) -> list[list[Passage]]:
         """The k passages nearest to each text, nearest first.

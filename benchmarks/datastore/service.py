@@ -10,6 +10,7 @@ import ray
 
 from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig
 from datastore.format import read_manifest
+from pipeline.lookup import Lookup
 
 CONTEXTS = 64
 _CLIENTS = (1, 2, 4, 8)
@@ -49,7 +50,8 @@ class Client:
     def _call(self, number: int) -> None:
         start = number * CONTEXTS % (len(self._contexts) - CONTEXTS)
         contexts = self._contexts[start : start + CONTEXTS]
-        ray.get(self._lookup.remote(contexts, self._depths, frozenset({"corpus"})))
+        found = ray.get(self._lookup.remote(contexts, self._depths, frozenset({"corpus"})))
+        assert len(Lookup.from_bytes(found["corpus"])) == CONTEXTS
 
 
 def measure(store: Path, contexts: Sequence[np.ndarray]) -> dict[str, Any]:

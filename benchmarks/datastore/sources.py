@@ -31,7 +31,6 @@ def measure(
     Returns:
         tau by task and over all, accepted tokens by source, and tokens a second, for each step.
     """
-    loaded, tokenizer = load(model, torch.bfloat16)
     found = store.search([prompt.question for prompt in prompts], k)
     passages = [tuple(passage.tokens for passage in row) for row in found]
     results = {}
@@ -39,6 +38,7 @@ def measure(
         live = LiveStore(store.manifest.vocab_size) if "live" in sources else None
         searcher = LocalSearcher(store if "corpus" in sources else None, live)
         searchers = [searcher] if {"corpus", "live"} & set(sources) else []
+        loaded, tokenizer = load(model, torch.bfloat16)  # anew each time: an engine changes its model's attention
         options = EngineOptions(num_slots=slots, budget=budget, max_context=2048)
         engine = build_engine(loaded, tokenizer, Method(name, name, sources), options, searchers)
         params = SamplingParams(max_new_tokens=max_new_tokens)

@@ -184,7 +184,7 @@ def test_health_answers_while_lookups_are_under_way(tmp_path: Path, start: Calla
     random = np.random.default_rng(0)
     ServiceSink([service]).append([random.integers(0, 3, 200_000).astype(np.int32)])
     until(lambda: stats_of(service).live_tokens > 100_000)
-    contexts = [random.integers(0, 3, 17).astype(np.int32) for _ in range(256)]
+    contexts = random.integers(0, 3, (256, 17)).astype(np.int32)
     lookup = service.lookup.options(concurrency_group="lookup")
     depths = np.full(256, 16, np.int32)
     busy = [lookup.remote(contexts, depths, frozenset({"live"})) for _ in range(200)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.acceptance import MAX_MATCH, AcceptanceTable
-from pipeline.lookup import Lookup, context_tails
+from pipeline.lookup import Lookup, context_ends, context_tails
 from pipeline.proposal import SlotView
 from pipeline.search import SearchRetriever, trees_of
 from pipeline.tree import SOURCES
@@ -88,7 +88,22 @@ def test_silence_is_an_empty_tree() -> None:
     assert retriever.lookup([]) == []
 
 
+def test_a_lookup_survives_the_journey_as_bytes() -> None:
+    for lookup in (
+        Lookup.empty(0),
+        Lookup.empty(3),
+        lookup_of((3, [(7, -1, 3), (9, 0, 2)]), (0, []), (1, [(8, -1, 1)])),
+    ):
+        again = Lookup.from_bytes(lookup.to_bytes())
+        for name in ("match_lengths", "offsets", "tokens", "parents", "counts"):
+            assert getattr(again, name).tolist() == getattr(lookup, name).tolist()
+            assert getattr(again, name).dtype == getattr(lookup, name).dtype
+
+
 def test_tails_have_the_newest_token_first_and_end_at_a_negative_one() -> None:
     contexts = [np.array(tokens) for tokens in ([1, 2, 3, 4, 5], [7], [], [1, -1, 2, 3])]
     tails, lengths = context_tails(contexts, 4)
     assert [tail[:n].tolist() for tail, n in zip(tails, lengths, strict=True)] == [[5, 4, 3, 2], [7], [], [3, 2]]
+    for depth in (2, 4, 6):
+        matrix = context_tails(context_ends(contexts, depth), depth)
+        assert [a.tolist() for a in matrix] == [a.tolist() for a in context_tails(contexts, depth)]
