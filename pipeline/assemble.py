@@ -14,8 +14,9 @@ from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import ConfigError
+from pipeline.growth import DraftOptions
 from pipeline.methods import Method, build
-from pipeline.model_drafter import DraftOptions, ModelDrafter
+from pipeline.model_drafter import ModelDrafter
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.search import Searcher

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.reference import generate
 from pipeline.assemble import PAGE_SIZE
+from pipeline.growth import DraftOptions
 from pipeline.methods import Proposers
-from pipeline.model_drafter import DraftOptions, ModelDrafter
+from pipeline.model_drafter import ModelDrafter
 from pipeline.proposal import SlotView
 from pipeline.request import SamplingParams
 from pipeline.target import Target

@@ -1,0 +1,109 @@
+"""Draft trees of several slots under way together: the part that is the same for every draft model.
+
+A level is one pass of the draft model over the nodes to be expanded, of all slots; what it says are their candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.draft_tree import GrowingTree
+from pipeline.noise import position_key
+from pipeline.packing import Run
+from pipeline.pages import PageRun
+from pipeline.proposal import SlotView
+from pipeline.request import SamplingParams
+from pipeline.sampling import ChoiceRow, perturbed_scores
+from pipeline.tree import node_depths
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOptions:
+    """The shape of draft trees.
+
+    Attributes:
+        depth: levels.
+        width: nodes expanded a level.
+        branches: candidates of each expanded node.
+        num_nodes: most nodes of a tree.
+        is_coupled: rank candidates of sampled requests with the noise that the target's own choice will use.
+    """
+
+    depth: int = 5
+    width: int = 8
+    branches: int = 8
+    num_nodes: int = 64
+    is_coupled: bool = True
+
+    @property
+    def num_scratch(self) -> int:
+        """Most nodes that a draft model sees of a tree."""
+        return self.width * max(self.depth - 1, 0)
+
+
+@dataclass(slots=True)
+class Growth:
+    """A tree under way in one slot.
+
+    Attributes:
+        pages: of the draft model's cache, with room for the known tokens and what is expanded of the tree.
+        depth: levels wanted.
+    """
+
+    view: SlotView
+    pages: PageRun
+    tree: GrowingTree
+    depth: int
+
+    @property
+    def num_rows(self) -> int:
+        """Nodes to be expanded by the next level; the root before the first."""
+        return max(self.tree.num_new, 1)
+
+    def run(self) -> Run:
+        """What a level after the first has to compute: the newest nodes, below what was computed before."""
+        root = len(self.view.tokens) - 1
+        done = 1 + len(self.tree.expanded) - self.tree.num_new
+        return Run(self.view.tokens[root:], self.tree.expanded, root, self.pages, True, done)
+
+
+def grow(growths: Sequence[Growth], logits: torch.Tensor, begins: Sequence[int], options: DraftOptions) -> None:
+    """Adds a level to all trees.
+
+    Args:
+        logits: [M, V] float32, one row for each node to be expanded; -inf where the draft model has no opinion.
+        begins: the first row of each tree.
+    """
+    rows = [row for growth in growths for row in _choice_rows(growth, options)]
+    scores = perturbed_scores(logits, rows) if any(not row.params.is_greedy for row in rows) else logits
+    top = scores.log_softmax(dim=-1).topk(min(options.branches, scores.shape[-1]), dim=-1)
+    logprobs, tokens = top.values.cpu().numpy(), top.indices.cpu().numpy()
+    for growth, begin in zip(growths, begins, strict=True):
+        end = begin + growth.num_rows
+        growth.tree.grow(logprobs[begin:end], tokens[begin:end])
+
+
+def _choice_rows(growth: Growth, options: DraftOptions) -> list[ChoiceRow]:
+    """How the target will choose after each node of the frontier."""
+    view, new = growth.view, growth.tree.num_new
+    depths = node_depths(growth.tree.expanded.parents)[-new:].tolist() if new else [0]
+    if view.params.is_greedy or not options.is_coupled:
+        greedy = ChoiceRow(SamplingParams())
+        return [greedy] * len(depths)
+    length = len(view.tokens)
+    return [ChoiceRow(view.params, position_key(view.seed, length + depth)) for depth in depths]
+
+
+def logprobs_at_roots(
+    logits: torch.Tensor, begins: Sequence[int], places: Sequence[int], num_views: int
+) -> torch.Tensor:
+    """[S, V] the draft model's distribution after each view's root; uniform for views that it did not see.
+
+    Args:
+        logits: [M, V] of the first level; begins: the row of each tree; places: the view of each tree.
+    """
+    uniform = torch.full((num_views, logits.shape[1]), -float(np.log(logits.shape[1])), device=logits.device)
+    uniform[list(places)] = logits[list(begins)].log_softmax(dim=-1)
+    return uniform
