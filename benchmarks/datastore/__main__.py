@@ -78,14 +78,17 @@ def _lookups(options: Any) -> dict[str, Any] | None:
 
 
 def _service(options: Any) -> dict[str, Any] | None:
-    if options.large is None:
-        return None
-    contexts = lookups.contexts_of(Datastore.open(options.large, dense=False).segments[0].segment.plain()[0], _CONTEXTS)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        return service.measure(options.large.absolute(), contexts)
-    finally:
-        ray.shutdown()
+    results = {}
+    for name, path in (("large", options.large), ("store", options.store)):
+        if path is None:
+            continue
+        contexts = lookups.contexts_of(Datastore.open(path, dense=False).segments[0].segment.plain()[0], _CONTEXTS)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            results[name] = service.measure(path.absolute(), contexts)
+        finally:
+            ray.shutdown()
+    return results or None
 
 
 def _dense(options: Any) -> dict[str, Any] | None:

@@ -58,8 +58,9 @@ def measure(store: Path, contexts: Sequence[np.ndarray]) -> dict[str, Any]:
     """Starts one service over a datastore, and clients in processes of their own.
 
     Returns:
-        Milliseconds of a call with 64 contexts (p50, p99): by number of clients in closed loops, with contexts a second
-        of all of them; and by load, as a share of the most that was reached there, with calls at random times.
+        Milliseconds of a call that does nothing, and of calls with 64 contexts (p50, p99): by number of clients in
+        closed loops, with contexts a second of all of them; and by load, as a share of the most that was reached there,
+        with calls at random times.
     """
     manifest = read_manifest(store)
     config = ServiceConfig(
@@ -72,6 +73,12 @@ def measure(store: Path, contexts: Sequence[np.ndarray]) -> dict[str, Any]:
     client = ray.remote(Client).options(num_cpus=0)
     clients = [client.remote(service, ends) for _ in range(max(_CLIENTS))]
     ray.get([c.closed_loop.remote(1.0) for c in clients])
+    null = service.stats.options(concurrency_group="control")
+    nulls = []
+    for _ in range(200):
+        begin = time.perf_counter()
+        ray.get(null.remote())
+        nulls.append(time.perf_counter() - begin)
     closed = {}
     for number in _CLIENTS:
         times = ray.get([c.closed_loop.remote(_SECONDS) for c in clients[:number]])
@@ -86,7 +93,13 @@ def measure(store: Path, contexts: Sequence[np.ndarray]) -> dict[str, Any]:
         loaded[f"{load:.0%}"] = _summary(np.concatenate(times))
     for actor in [*clients, service]:
         ray.kill(actor)
-    return {"contexts": CONTEXTS, "by_clients": closed, "by_load": loaded}
+    return {
+        "tokens": manifest.tokens,
+        "contexts": CONTEXTS,
+        "call_that_does_nothing": _summary(np.array(nulls)),
+        "by_clients": closed,
+        "by_load": loaded,
+    }
 
 
 def _summary(seconds: np.ndarray) -> dict[str, float]:
