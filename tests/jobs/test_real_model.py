@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from datastore import Datastore
 from jobs.commit import read_commits
 
 ROOT = Path(__file__).parents[2]
@@ -74,9 +75,9 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     process.wait()
 
 
-def submit(environment: dict[str, str], words: list[str]) -> "subprocess.CompletedProcess[str]":
+def submit(environment: dict[str, str], module: str, words: list[str]) -> "subprocess.CompletedProcess[str]":
     """`ray job submit`, tried again while the head's job server and agent are not up yet."""
-    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m", "jobs.generate", *words]
+    command = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "-m", module, *words]
     deadline = time.monotonic() + 90
     while True:
         done = subprocess.run(
@@ -89,13 +90,25 @@ def submit(environment: dict[str, str], words: list[str]) -> "subprocess.Complet
 
 def test_submitted_job_runs_on_the_cluster(tmp_path: Path, prompts: Path, head: dict[str, str]) -> None:
     output = tmp_path / "out"
-    done = submit(head, options(prompts, output, "--method", "plain", "--slots", "4"))
+    done = submit(head, "jobs.generate", options(prompts, output, "--method", "plain", "--slots", "4"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"state": "done"' in done.stdout
     table = table_of(output)
     assert table["row_index"].to_pylist() == list(range(9))
     assert table["status"].to_pylist() == ["ok"] * 8 + ["error"]
     assert all(table["text"].to_pylist()[:8])
+
+
+def test_submitted_build_makes_a_datastore(tmp_path: Path, head: dict[str, str]) -> None:
+    corpus, store = tmp_path / "corpus.txt", tmp_path / "store"
+    corpus.write_text("The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on.")
+    words = ["--model", "smollm2-135m", "--corpus", str(corpus), "--output", str(store), "--dense", "off"]
+    done = submit(head, "jobs.build_datastore", words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"state": "done"' in done.stdout
+    opened = Datastore.open(store)
+    document = opened.segments[0].segment.document(0)
+    assert opened.lookup([document[:5]]).match_lengths.tolist() == [5]
 
 
 @pytest.mark.chaos
