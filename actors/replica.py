@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.loop import EngineLoop, Outcome
 from actors.parts import PartWriter, finish_shard
@@ -25,6 +26,8 @@ from actors.searchers import RetrievalConfig
 from actors.sources import Sources, open_sources
 from pipeline.assemble import EngineOptions, build_engine
 from pipeline.errors import ConfigError, JobError, RowError
+from pipeline.head import DraftHead
+from pipeline.head_files import is_head, load_head
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
@@ -44,7 +47,7 @@ class ReplicaConfig:
         budget: most tree nodes a slot and round; None tunes itself.
         kv_memory: bytes for keys and values; None takes a share of what is free.
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
-        draft: model for the source `draft`.
+        draft: model, or directory of a head, for the source `draft`.
         retrieval: where the others are; None if the method needs none of them.
         num_threads: CPU threads of torch and numba; None leaves their default.
     """
@@ -114,11 +117,7 @@ class Replica:
         if config.retrieval is not None:
             self._sources = open_sources(config.retrieval, method.sources, self._vocab_size)
         searchers = self._sources.searchers if self._sources is not None else ()
-        draft = None
-        if config.draft is not None and "draft" in method.sources:
-            draft = load_causal_lm(
-                resolve_model(config.draft), model.dtype, device, trust_remote_code=config.trust_remote_code
-            )
+        draft = self._draft(model, resolved.hash) if "draft" in method.sources else None
         engine = build_engine(model, tokenizer, method, options, searchers, draft)
         self._tokenizer = tokenizer
         self._loop = EngineLoop(engine)
@@ -180,6 +179,15 @@ class Replica:
         if self._loop is None:
             raise JobError("run_shard was called before start.")
         return self._loop
+
+    def _draft(self, model: PreTrainedModel, target: str) -> PreTrainedModel | DraftHead:
+        """The draft model, or the head trained for this target."""
+        name = self._config.draft
+        assert name is not None
+        if is_head(name):
+            return load_head(Path(name), model, target)
+        trusted = self._config.trust_remote_code
+        return load_causal_lm(resolve_model(name), model.dtype, model.device, trust_remote_code=trusted)
 
     def _encode(self, row: InputRow) -> tuple[RowFailure | None, tuple[int, ...]]:
         """The row's prompt as token ids, or why there are none."""

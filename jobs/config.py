@@ -114,7 +114,7 @@ class GenerateConfig(Options):
     draft: str | None = option(
         None,
         "speed",
-        "Draft model with the target's tokenizer: a name, directory, .gguf file or hub id.",
+        "Draft head trained for the target, or any model with its tokenizer: a directory, .gguf file, name or hub id.",
         metavar="MODEL",
         min_length=1,
     )

@@ -1,6 +1,7 @@
 """What the driver must know of the target without loading its weights: identity, and how much memory it will take."""
 
 import hashlib
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -9,6 +10,7 @@ from jobs.backend import AUTO_DTYPE
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
 from pipeline.errors import ModelError
+from pipeline.head_files import check_target, is_head
 from pipeline.models import load_config, load_tokenizer, resolve_model, tokenizer_hash
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,11 +35,14 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
 
 
 def check_draft(name: str, config: GenerateConfig, facts: ModelFacts) -> None:
-    """Refuses a draft model whose token ids mean something else than the target's.
+    """Refuses a draft model whose token ids mean something else than the target's, and a head of another target.
 
     Raises:
-        ModelError: it has another tokenizer, or cannot be resolved.
+        ModelError: it has another tokenizer, was trained for another target, or cannot be resolved.
     """
+    if is_head(name):
+        check_target(Path(name).expanduser(), facts.weights)
+        return
     tokenizer = load_tokenizer(resolve_model(name), trust_remote_code=config.trust_remote_code)
     if (found := tokenizer_hash(tokenizer)) != facts.tokenizer:
         raise ModelError(

@@ -15,10 +15,13 @@ from pipeline.budget import StepTimes
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import ConfigError
 from pipeline.growth import DraftOptions
+from pipeline.head import DraftHead
+from pipeline.head_drafter import HeadDrafter
 from pipeline.methods import Method, build
 from pipeline.model_drafter import ModelDrafter
 from pipeline.packing import Run
 from pipeline.pages import PageRun
+from pipeline.proposal import Drafter
 from pipeline.search import Searcher
 from pipeline.target import Target, kv_shape, max_context_of
 from pipeline.tree import EMPTY_TREE
@@ -57,13 +60,14 @@ def build_engine(
     method: Method,
     options: EngineOptions,
     searchers: Sequence[Searcher] = (),
-    draft: PreTrainedModel | None = None,
+    draft: PreTrainedModel | DraftHead | None = None,
 ) -> Engine:
     """An engine for a loaded model.
 
     Args:
         searchers: of the method's sources that search text outside the request.
-        draft: a model with the same tokenizer, for the source `draft`; its KV cache shares the memory.
+        draft: a model with the same tokenizer, or a head of this target, for the source `draft`; its KV cache shares
+            the memory.
 
     Raises:
         ConfigError: the context asked for is longer than the model's or than KV memory holds.
@@ -71,7 +75,7 @@ def build_engine(
     """
     max_context = _max_context(model, options.max_context)
     shape = kv_shape(model)
-    token_bytes = shape.bytes_per_token + (0 if draft is None else kv_shape(draft).bytes_per_token)
+    token_bytes = shape.bytes_per_token + _draft_bytes(draft)
     page_bytes = token_bytes * PAGE_SIZE
     wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
     memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device))
@@ -95,11 +99,31 @@ def build_engine(
         prefill_chunk=options.prefill_chunk,
         max_context=max_context,
     )
-    drafter = None
-    if draft is not None:
-        drafter = ModelDrafter(Target(draft, num_pages + _DRAFT_PAGES * options.num_slots, PAGE_SIZE), DraftOptions())
+    drafter = _drafter(draft, target, num_pages, options.num_slots)
     proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter)
     return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)
+
+
+def _drafter(
+    draft: PreTrainedModel | DraftHead | None, target: Target, num_pages: int, num_slots: int
+) -> Drafter | None:
+    match draft:
+        case None:
+            return None
+        case DraftHead():
+            target.read_states(draft.config.depths)
+            return HeadDrafter(draft, num_pages, PAGE_SIZE, num_slots, DraftOptions())
+    return ModelDrafter(Target(draft, num_pages + _DRAFT_PAGES * num_slots, PAGE_SIZE), DraftOptions())
+
+
+def _draft_bytes(draft: PreTrainedModel | DraftHead | None) -> int:
+    """Of one token in the draft's cache."""
+    match draft:
+        case None:
+            return 0
+        case DraftHead():
+            return 2 * draft.config.num_kv_heads * draft.config.head_dim * draft.fuse.weight.dtype.itemsize
+    return kv_shape(draft).bytes_per_token
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -15,8 +15,9 @@ from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
 from pipeline.errors import RowError
 from pipeline.methods import Proposers
+from pipeline.packing import Run
 from pipeline.pages import PagePool
-from pipeline.proposal import SlotView
+from pipeline.proposal import Committed, FeatureDrafter, SlotView
 from pipeline.request import Generation, Request
 from pipeline.sampling import Choices, choose
 from pipeline.scheduler import Scheduler, Work
@@ -140,11 +141,14 @@ class Engine:
 
     def _view(self, slot: Slot) -> SlotView:
         max_depth = slot.stop.max_new_tokens - slot.num_output - 1
-        return SlotView(slot.number, slot.known, max_depth, slot.request.params, slot.request.seed)
+        return SlotView(slot.number, slot.known, max_depth, slot.request.params, slot.request.seed, slot.pages)
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         """One target forward pass over all runs and the target's choice after every node; times itself."""
-        self._move([self._scheduler.take_copies()])
+        copies = self._scheduler.take_copies()
+        self._move([copies])
+        if isinstance(self._drafter, FeatureDrafter) and len(copies[0]):
+            self._drafter.copy(*(torch.from_numpy(index).to(self._target.device) for index in copies))
         begin = time.perf_counter()
         forward = self._target.forward([item.run for item in work])
         choices = self._choose(work, forward)
@@ -164,16 +168,22 @@ class Engine:
         """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
         finished: list[Generation] = []
         moves: list[tuple[np.ndarray, np.ndarray]] = []
-        for item, begin in zip(work, forward.begin, strict=True):
+        committed: list[Committed] = []
+        for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
             slot, run = item.slot, item.run
+            accepted = np.empty(0, np.int32)
             if begin < 0:
                 slot.cached += len(run.known)
             else:
                 accepted = self._emit(slot, run.tree, choices, begin)
                 moves.append(self._keep(slot, run.cached + len(run.known), accepted))
                 slot.cached += len(run.known) + len(accepted)
+            if forward.states is not None:
+                committed.append(_committed(slot, run, accepted, forward.states[forward.state_begin[i] :]))
             self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
         self._move(moves)
+        if isinstance(self._drafter, FeatureDrafter):
+            self._drafter.commit(committed)
         for item in work:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
@@ -217,3 +227,10 @@ class Engine:
             source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self._target.device)
             target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self._target.device)
             self._target.cache.move(source, target)
+
+
+def _committed(slot: Slot, run: Run, accepted: np.ndarray, states: torch.Tensor) -> Committed:
+    """What a round has committed of a run whose states begin at `states`' first row."""
+    rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
+    tokens = slot.known[run.cached : run.cached + len(rows)]
+    return Committed(slot.number, slot.pages, run.cached, tokens, states[torch.from_numpy(rows).to(states.device)])

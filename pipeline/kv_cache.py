@@ -55,7 +55,11 @@ class PagedCache(Cache):
 
     def begin(self, row: PackedRow) -> None:
         """Announces the packed row of the next forward pass."""
-        self._rows = self._row_index(row.write_index).flatten()
+        self.place(row.write_index)
+
+    def place(self, write_index: torch.Tensor) -> None:
+        """Announces where the next keys and values go: [T] pool token indices."""
+        self._rows = self._row_index(write_index).flatten()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object

@@ -5,12 +5,13 @@ tree.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from pipeline.pages import PageRun
 from pipeline.request import SamplingParams
 from pipeline.tree import EMPTY_TREE, TokenTree
 
@@ -24,6 +25,7 @@ class SlotView:
         tokens: [L] int32 all known tokens; the last is the root. A view: valid in this round only.
         max_depth: deepest node that can still be of use.
         params, seed: how the target chooses, see `pipeline.request.Request`.
+        pages: where the target's keys and values of the tokens before the root lie.
     """
 
     slot: int
@@ -31,6 +33,26 @@ class SlotView:
     max_depth: int
     params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
     seed: int = 0
+    pages: PageRun = field(default_factory=PageRun)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Tokens that the target has computed for good, and what it thought of them.
+
+    Attributes:
+        slot: number of the slot.
+        pages: the slot's pages.
+        begin: place of the first token in its sequence.
+        tokens: [n] int32.
+        states: [n, 3 H] hidden states at the depths that the drafter reads.
+    """
+
+    slot: int
+    pages: PageRun
+    begin: int
+    tokens: np.ndarray
+    states: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +78,19 @@ class Drafter(Protocol):
 
     def release(self, slot: int) -> None:
         """The slot's request is gone."""
+        ...
+
+
+@runtime_checkable
+class FeatureDrafter(Drafter, Protocol):
+    """A drafter that reads the target's hidden states and keeps its cache in the target's pages."""
+
+    def commit(self, committed: Sequence[Committed]) -> None:
+        """The target has computed these tokens."""
+        ...
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Tokens were copied within the pool: pool token indices [n] -> [n]."""
         ...
 
 

@@ -4,6 +4,7 @@ No modelling file is forked. The model's own code runs; our `Cache` stores keys 
 function reads them. What the model cannot be is checked once, at load.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext
 from pipeline.errors import ModelError
+from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.packing import Run, order_runs, pack
 
@@ -26,10 +28,14 @@ class Forward:
     Attributes:
         logits: [M, V], rows of each run contiguous: the root's, then its tree nodes', those done before left out.
         begin: for each run in the order given, its first row in `logits`; -1 for runs that wanted none.
+        states: [T, 3 H] hidden states of all nodes, run by run, if a drafter reads them.
+        state_begin: for each run in the order given, its first row in `states`.
     """
 
     logits: torch.Tensor
     begin: list[int]
+    states: torch.Tensor | None
+    state_begin: list[int]
 
 
 class Target:
@@ -44,7 +50,12 @@ class Target:
         self.model = model
         self.device: torch.device = model.device
         self.cache = PagedCache(kv_shape(model), num_pages, page_size, self.device)
+        self.tap: FeatureTap | None = None
         model.set_attn_implementation(IMPLEMENTATION)
+
+    def read_states(self, depths: Sequence[int]) -> None:
+        """Has every forward pass return the hidden states of these decoder layers."""
+        self.tap = FeatureTap(self.model, depths)
 
     @torch.inference_mode()
     def forward(self, runs: list[Run]) -> Forward:
@@ -61,13 +72,16 @@ class Target:
             logits_to_keep=row.logits_index,
             packed=AttentionContext(row, self.cache),
         )
-        begin = [-1] * len(runs)
-        next_row = 0
+        begin, state_begin = [-1] * len(runs), [0] * len(runs)
+        next_row, next_state = 0, 0
         for i in order:
+            state_begin[i] = next_state
+            next_state += len(runs[i]) - runs[i].num_done
             if runs[i].wants_logits:
                 begin[i] = next_row
                 next_row += runs[i].num_logits
-        return Forward(output.logits[0], begin)
+        states = None if self.tap is None else self.tap.take()[0]
+        return Forward(output.logits[0], begin, states, state_begin)
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:

@@ -1,0 +1,153 @@
+"""The drafter `head`: trees of a draft head, whose keys and values lie in the target's own pages.
+
+A token's entry in the head's cache depends on the tokens up to it alone, as the target's does; so pages that slots
+share, copy and release are the head's too, and nothing is ever caught up. Entries of committed tokens are written as
+soon as the target has computed them. What is drafted goes to scratch pages behind the pool.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.attention import AttentionContext, rasd_attention
+from pipeline.draft_tree import GrowingTree
+from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots
+from pipeline.head import DraftHead
+from pipeline.kv_cache import KVShape, PagedCache
+from pipeline.packing import PackedRow, Run, pack
+from pipeline.pages import PageRun
+from pipeline.proposal import Committed, Draft, SlotView
+from pipeline.tree import EMPTY_TREE
+
+
+class _Layer(torch.nn.Module):
+    """What the attention function asks of its module."""
+
+    layer_idx = 0
+
+
+class HeadDrafter:
+    """Drafts with a head.
+
+    Args:
+        head: on the target's device, in its dtype.
+        num_pages, page_size: of the target's pool.
+        num_slots: slots of the engine; each has scratch pages of its own.
+    """
+
+    def __init__(self, head: DraftHead, num_pages: int, page_size: int, num_slots: int, options: DraftOptions) -> None:
+        config = head.config
+        self._head = head
+        self._options = options
+        self._page_size = page_size
+        self._scratch_pages = -(-(1 + options.num_scratch) // page_size) + 1
+        self._first_scratch = num_pages
+        weight = head.fuse.weight
+        shape = KVShape(1, config.num_kv_heads, config.head_dim, weight.dtype)
+        self._cache = PagedCache(shape, num_pages + num_slots * self._scratch_pages, page_size, weight.device)
+        self._layer = _Layer()
+        self._before: dict[int, torch.Tensor] = {}  # [1, H] feature of the newest token the target has computed
+
+    def release(self, slot: int) -> None:
+        self._before.pop(slot, None)
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Tokens were copied within the pool: pool token indices [n] -> [n]."""
+        self._cache.move(source, target)
+
+    @torch.inference_mode()
+    def commit(self, committed: Sequence[Committed]) -> None:
+        """Writes the entries of tokens that the target has just computed for good."""
+        if not committed:
+            return
+        states = torch.cat([part.states for part in committed])
+        fused = self._head.features(states)
+        features, begin = torch.empty_like(fused), 0
+        for part in committed:
+            end = begin + len(part.states)
+            features[begin + 1 : end] = fused[begin : end - 1]
+            # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy.
+            features[begin] = self._before.get(part.slot, features.new_zeros(1, features.shape[1]))[0]
+            self._before[part.slot] = fused[end - 1 : end].clone()
+            begin = end
+        device = fused.device
+        tokens = torch.from_numpy(np.concatenate([part.tokens for part in committed]).astype(np.int64)).to(device)
+        places = [np.arange(part.begin, part.begin + len(part.tokens)) for part in committed]
+        positions = torch.from_numpy(np.concatenate(places)).to(device)
+        index = [_pool_index(part.pages, place, self._page_size) for part, place in zip(committed, places, strict=True)]
+        _, key, value = self._head.heads(self._head.inputs(tokens, features), positions)
+        self._cache.place(torch.from_numpy(np.concatenate(index)).to(device))
+        self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
+
+    @torch.inference_mode()
+    def draft(self, views: Sequence[SlotView]) -> Draft:
+        growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
+        outputs: dict[int, torch.Tensor] = {}  # of each tree: [1 + expanded, H], the root's first
+        root_logprobs: torch.Tensor | None = None
+        for level in range(self._options.depth):
+            working = {index: growth for index, growth in growths.items() if level < growth.depth}
+            if not working:
+                break
+            hidden = self._level(working, outputs)
+            logits = self._logits(hidden)
+            begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
+            for (index, growth), begin in zip(working.items(), begins, strict=True):
+                new = hidden[begin : begin + growth.num_rows]
+                outputs[index] = torch.cat([outputs[index], new]) if level else new
+            if level == 0:
+                root_logprobs = logprobs_at_roots(logits, begins, list(working), len(views))
+            grow(list(working.values()), logits, begins, self._options)
+        grown = {index: growth.tree.tree(self._options.num_nodes) for index, growth in growths.items()}
+        return Draft([grown.get(index, EMPTY_TREE) for index in range(len(views))], root_logprobs)
+
+    def _begin(self, view: SlotView) -> Growth | None:
+        depth = min(self._options.depth, view.max_depth)
+        if depth < 1 or view.slot not in self._before:
+            return None
+        full = (len(view.tokens) - 1) // self._page_size  # pages before the root's
+        held = view.pages.pages[: full + 1]
+        if (len(view.tokens) - 1) % self._page_size == 0:
+            held = held[:full]  # the root begins a page, which the slot may not have yet
+        first = self._first_scratch + view.slot * self._scratch_pages
+        scratch = range(first, first + self._scratch_pages)
+        return Growth(view, PageRun(pages=[*held, *scratch]), GrowingTree(self._options.width), depth)
+
+    def _level(self, working: dict[int, Growth], outputs: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The layer's output for all nodes to be expanded, [M, H], slot by slot."""
+        growths = list(working.values())
+        runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in growths]
+        row = pack(runs, len(runs), self._page_size, self._cache.keys.device)
+        before = []
+        for index, growth in working.items():
+            if not growth.tree.num_new:
+                before.append(self._before[growth.view.slot])
+            else:
+                parents = growth.tree.expanded.parents[-growth.tree.num_new :].astype(np.int64)
+                before.append(outputs[index][torch.from_numpy(parents + 1).to(row.token_ids.device)])
+        return self._attend(row, torch.cat(before))
+
+    def _attend(self, row: PackedRow, features: torch.Tensor) -> torch.Tensor:
+        query, key, value = self._head.heads(self._head.inputs(row.token_ids[0], features), row.position_ids[0])
+        self._cache.begin(row)
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, C, D]
+        self._cache.update(key, value, 0)
+        attended, _ = rasd_attention(self._layer, query, key, value, None, packed=AttentionContext(row, self._cache))
+        return self._head.close(features, attended[0].flatten(1))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[M, V] float32; -inf for tokens outside the draft vocabulary."""
+        drafted = self._head.logits(hidden).float()
+        logits = drafted.new_full((len(drafted), self._head.config.vocab_size), -torch.inf)
+        logits[:, self._head.token_ids] = drafted
+        return logits
+
+
+def _root_run(growth: Growth) -> Run:
+    tokens = growth.view.tokens
+    return Run(tokens[-1:], EMPTY_TREE, len(tokens) - 1, growth.pages, True)
+
+
+def _pool_index(pages: PageRun, places: np.ndarray, page_size: int) -> np.ndarray:
+    index: np.ndarray = np.asarray(pages.pages)[places // page_size] * page_size + places % page_size
+    return index

@@ -1,0 +1,95 @@
+"""A draft head on disk: `head.json` (its shape and target) and `head.safetensors` (bf16)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from pipeline.errors import ModelError
+from pipeline.head import DraftHead, HeadConfig
+
+CONFIG, WEIGHTS = "head.json", "head.safetensors"
+
+
+def is_head(path: str) -> bool:
+    """Whether a path is a draft head's directory."""
+    return (Path(path).expanduser() / CONFIG).is_file()
+
+
+def new_head(model: PreTrainedModel, config: HeadConfig, token_ids: torch.Tensor) -> DraftHead:
+    """An untrained head over a target's embedding and output matrix, in fp32 on the target's device.
+
+    Args:
+        token_ids: [draft_vocab_size] int64, ascending.
+    """
+    untyped: Any = model
+    embedding = untyped.get_input_embeddings().weight.detach()
+    output = untyped.get_output_embeddings().weight.detach()
+    head = DraftHead(config, embedding, output.float(), token_ids.to(output.device))
+    return head.to(output.device)
+
+
+def save_head(head: DraftHead, directory: Path) -> None:
+    """Writes a head in bf16; the configuration last, so that a directory with it is whole."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: value.to("cpu", torch.bfloat16 if value.is_floating_point() else torch.int32).contiguous()
+        for name, value in head.state_dict().items()
+    }
+    save_file(state, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(head.config.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_config(directory: Path) -> HeadConfig:
+    """The shape of a stored head.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        value: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        return HeadConfig(**{**value, "depths": tuple(value["depths"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The draft head {str(directory)!r} cannot be read: {error}. Train it again.") from error
+
+
+def check_target(directory: Path, target: str) -> HeadConfig:
+    """The shape of a stored head of this target.
+
+    Args:
+        target: hash of the target, see `pipeline.models.ResolvedModel.hash`.
+
+    Raises:
+        ModelError: it was trained for another target, or cannot be read.
+    """
+    config = read_config(directory)
+    if config.target != target:
+        raise ModelError(
+            f"The draft head {str(directory)!r} was trained for the target {config.target[:16]}, this one is"
+            f" {target[:16]}. Train one for it, or choose another draft."
+        )
+    return config
+
+
+def load_head(directory: Path, model: PreTrainedModel, target: str) -> DraftHead:
+    """A stored head, on the device and in the dtype of its target.
+
+    Args:
+        target: hash of the target, see `pipeline.models.ResolvedModel.hash`.
+
+    Raises:
+        ModelError: it is damaged, or was trained for another target.
+    """
+    config = check_target(directory, target)
+    try:
+        state = load_file(directory / WEIGHTS)
+        head = new_head(model, config, state["token_ids"].long())
+        head.load_state_dict({**state, "token_ids": state["token_ids"].long()})
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise ModelError(f"The draft head {str(directory)!r} is damaged: {error}. Train it again.") from error
+    head.requires_grad_(False)
+    return head.to(model.dtype)

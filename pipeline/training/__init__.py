@@ -1,0 +1,1 @@
+"""Training of draft heads: features of the target, the unrolled loss, batches. Knows nothing of files or clusters."""

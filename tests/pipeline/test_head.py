@@ -1,0 +1,240 @@
+"""The draft head: what training unrolls is what drafting does, and no head changes the output."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.reference import generate
+from pipeline.acceptance import AcceptanceTable
+from pipeline.assemble import PAGE_SIZE
+from pipeline.engine import Engine, EngineConfig
+from pipeline.errors import ModelError
+from pipeline.features import FeatureTap
+from pipeline.growth import DraftOptions
+from pipeline.head import DraftHead, HeadConfig
+from pipeline.head_drafter import HeadDrafter
+from pipeline.head_files import is_head, load_head, new_head, save_head
+from pipeline.methods import Proposers
+from pipeline.request import Generation, Request, SamplingParams
+from pipeline.target import Target
+from pipeline.training.data import Example, batch_of, frequent_tokens, padded
+from pipeline.training.trainer import Teacher, Trainer, TrainOptions
+from pipeline.training.unrolled import unrolled
+from tests.models import VOCABULARY, tiny_model
+from tests.pipeline.test_engine_architectures import (
+    GREEDY,
+    NEW_TOKENS,
+    SAMPLED,
+    NoText,
+    assert_equal,
+    prompts_for,
+    proposers_of,
+    requests_for,
+    run,
+)
+
+OPTIONS = DraftOptions(depth=4, width=4, branches=4, num_nodes=24)
+CHAIN = DraftOptions(depth=4, width=1, branches=1)
+
+
+def head_for(architecture: str, seed: int = 0, draft_vocab: int = 96) -> DraftHead:
+    """A head of random weights, far from its careful beginning."""
+    model = tiny_model(architecture)
+    config = HeadConfig.for_target(model, "target", draft_vocab, 4)
+    torch.manual_seed(seed)
+    head = new_head(model, config, torch.sort(torch.randperm(VOCABULARY)[:draft_vocab]).values)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return head.requires_grad_(False)
+
+
+def engine_with(architecture: str, head: DraftHead, slots: int, options: DraftOptions, num_pages: int = 128) -> Engine:
+    target = Target(tiny_model(architecture), num_pages, PAGE_SIZE)
+    target.read_states(head.config.depths)
+    drafter = HeadDrafter(head, num_pages, PAGE_SIZE, slots, options)
+    config = EngineConfig(num_slots=slots, budget=64, prefill_chunk=16, max_context=512)
+    return Engine(target, NoText(), [2], Proposers(drafter, ()), AcceptanceTable(), config)
+
+
+def outputs(engine: Engine, requests: list[Request]) -> list[Generation]:
+    return sorted(engine.generate(requests), key=lambda generation: generation.request_id)
+
+
+@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_greedy_output_equals_generate(architecture: str, slots: int) -> None:
+    prompts = prompts_for(3, 8)
+    model = tiny_model(architecture)
+    expected = [generate(model, prompt, NEW_TOKENS) for prompt in prompts]
+    requests = requests_for(prompts, GREEDY)
+    got = outputs(engine_with(architecture, head_for(architecture), slots, OPTIONS), requests)
+    assert_equal(architecture, requests, expected, got)
+    assert sum(generation.drafted for generation in got) > 0
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_sampled_output_is_that_of_plain_decoding(slots: int) -> None:
+    requests = requests_for(prompts_for(4, 8), SAMPLED)
+    plain = [list(g.token_ids) for g in run("llama", requests, proposers_of("plain", {}), slots=1)]
+    got = outputs(engine_with("llama", head_for("llama"), slots, OPTIONS), requests)
+    assert_equal("llama", requests, plain, got)
+
+
+@pytest.mark.parametrize("num_common", [0, 70])
+def test_running_out_of_pages_and_shared_prefixes_change_nothing(num_common: int) -> None:
+    common = tuple(np.random.default_rng(9).integers(3, VOCABULARY, num_common).tolist())
+    prompts = [(*common, *prompt) for prompt in prompts_for(6, 8)]
+    model = tiny_model("llama")
+    expected = [generate(model, prompt, NEW_TOKENS) for prompt in prompts]
+    requests = requests_for(prompts, GREEDY)
+    num_pages = 6 if num_common else 4
+    got = outputs(engine_with("llama", head_for("llama"), 6, OPTIONS, num_pages=num_pages), requests)
+    assert_equal("llama", requests, expected, got)
+    assert num_common or any(generation.num_requeues for generation in got)
+
+
+class Recorder:
+    """A head that remembers the logits it gave."""
+
+    def __init__(self, head: DraftHead) -> None:
+        self._head = head
+        self.seen: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._head, name)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self._head.logits(hidden))
+        return self.seen[-1]
+
+
+def unrolled_choices(head: DraftHead, tokens: list[int], steps: int) -> list[int]:
+    """The chain that training's unrolled steps draft from the end of `tokens`, by rerunning them with each choice."""
+    chain: list[int] = []
+    for step in range(steps):
+        known = [*tokens, *chain]
+        example = Example(np.array(known, np.int32), 1)
+        teacher = Teacher(tiny_model("llama"), head)
+        batch = teacher.batch([example], 512)
+        recorder = Recorder(head)
+        unrolled(recorder, batch, step + 1)  # type: ignore[arg-type]
+        chain.append(int(head.token_ids[recorder.seen[-1][0, -1].argmax()]))
+    return chain
+
+
+def test_drafting_does_what_training_unrolls() -> None:
+    """Cache, pages, positions and masks of the drafter against the attention of the training loss, step by step."""
+    prompt = prompts_for(11, 1)[0] * 3
+    head = head_for("llama")
+    engine = engine_with("llama", head, 1, CHAIN)
+    engine.submit(Request(0, prompt, SamplingParams(max_new_tokens=20)))
+    checked = 0
+    seen: list[tuple[list[int], list[int]]] = []
+    drafter = engine._drafter
+    original = drafter.draft
+
+    def recording(views):  # type: ignore[no-untyped-def]
+        draft = original(views)
+        seen.extend((view.tokens.tolist(), tree.tokens.tolist()) for view, tree in zip(views, draft.trees, strict=True))
+        return draft
+
+    drafter.draft = recording  # type: ignore[method-assign]
+    while engine.has_work:
+        engine.step()
+    for tokens, drafted in seen:
+        assert drafted == unrolled_choices(head, tokens, len(drafted))
+        checked += len(drafted)
+    assert checked > 40
+
+
+def test_states_are_those_of_the_layers() -> None:
+    model = tiny_model("qwen3")
+    tap = FeatureTap(model, (0, 2, 3))
+    output = model(input_ids=torch.tensor([[3, 4, 5]]), output_hidden_states=True)
+    states = tap.take()
+    assert torch.equal(states[..., :32], output.hidden_states[1])
+    assert torch.equal(states[..., 32:64], output.hidden_states[3])
+    tap.close()
+    with pytest.raises(ModelError, match="reads layer 9, but the target has 4"):
+        FeatureTap(model, (0, 9))
+
+
+def test_a_head_on_disk_is_the_same_head_and_belongs_to_its_target(tmp_path: Path) -> None:
+    model, head = tiny_model("llama"), head_for("llama")
+    save_head(head, tmp_path / "head")
+    assert is_head(str(tmp_path / "head")) and not is_head(str(tmp_path))
+    again = load_head(tmp_path / "head", model, "target")
+    for name, value in head.state_dict().items():
+        stored = value.bfloat16().to(value.dtype) if value.is_floating_point() else value
+        assert torch.equal(again.state_dict()[name], stored)
+    with pytest.raises(ModelError, match="trained for the target target, this one is another"):
+        load_head(tmp_path / "head", model, "another")
+    (tmp_path / "head" / "head.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ModelError, match="is damaged"):
+        load_head(tmp_path / "head", model, "target")
+
+
+def examples_of(count: int) -> list[Example]:
+    """Prompts with the tiny target's own outputs."""
+    model = tiny_model("llama")
+    prompts = prompts_for(21, count)
+    return [Example(np.array([*prompt, *generate(model, prompt, 24)], np.int32), len(prompt)) for prompt in prompts]
+
+
+def trainer_of(examples: list[Example], steps: int) -> Trainer:
+    model = tiny_model("llama")
+    config = HeadConfig.for_target(model, "target", VOCABULARY, 4)
+    torch.manual_seed(0)
+    head = new_head(model, config, torch.arange(VOCABULARY))
+    options = TrainOptions(steps=steps, batch_size=4, length=64, learning_rate=3e-3, warmup=5, unroll=3)
+    return Trainer(head, model, examples, options)
+
+
+def test_training_learns_and_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    examples = examples_of(8)
+    trainer = trainer_of(examples, 60)
+    before = trainer.evaluate(examples)
+    for _ in range(30):
+        trainer.train_step()
+    trainer.save(tmp_path / "checkpoint.pt")
+    resumed = trainer_of(examples, 60)
+    resumed.load(tmp_path / "checkpoint.pt")
+    while not trainer.is_done:
+        assert trainer.train_step() == resumed.train_step()
+    after = trainer.evaluate(examples)
+    assert resumed.is_done and after == resumed.evaluate(examples)
+    assert all(a < b - 0.3 for a, b in zip(after.loss, before.loss, strict=True)), (before, after)
+    assert all(a > b for a, b in zip(after.accuracy, before.accuracy, strict=True)), (before, after)
+
+
+def test_only_places_before_output_tokens_count() -> None:
+    examples = [Example(np.arange(10, dtype=np.int32), 4), Example(np.arange(20, dtype=np.int32), 15)]
+    token_ids, weights = padded(examples, 12)
+    assert token_ids[0].tolist() == [*range(10), 0, 0]
+    assert weights[0].tolist() == [0.0] * 3 + [1.0] * 6 + [0.0] * 3
+    assert token_ids[1].tolist() == list(range(8, 20))
+    assert weights[1].tolist() == [0.0] * 6 + [1.0] * 5 + [0.0]
+
+
+def test_every_epoch_has_every_example_once() -> None:
+    examples = [Example(np.full(length, 7, np.int32), 1) for length in range(2, 26)]
+    for epoch in range(2):
+        numbers = range(6 * epoch, 6 * epoch + 6)
+        lengths = sorted(len(e.tokens) for n in numbers for e in batch_of(examples, n, 4, 64, seed=5))
+        assert lengths == list(range(2, 26))
+
+
+def test_the_draft_vocabulary_is_what_outputs_use_most() -> None:
+    examples = [Example(np.array([1, 1, 1, 5, 5, 9, 3], np.int32), 3)]
+    assert frequent_tokens(examples, 12, 3).tolist() == [3, 5, 9]
+    assert frequent_tokens(examples, 12, 1).tolist() == [5]
+
+
+def test_the_untrained_head_stays_within_its_size() -> None:
+    config = dataclasses.replace(head_for("llama").config, rank=0)
+    head = new_head(tiny_model("llama"), config, torch.arange(96))
+    assert head.narrow is None
+    assert head.logits(torch.zeros(2, 32)).shape == (2, 96)
