@@ -119,8 +119,8 @@ class Datastore:
         """
         if not texts:
             return []
-        if any(stored.dense is None for stored in self._segments):
-            raise DatastoreError(f"{self.path} was opened, or built, without passages; build it with --dense on.")
+        if self.manifest.dense is not None and any(stored.dense is None for stored in self._segments):
+            raise DatastoreError(f"{self.path} was opened without its passages; open it with dense=True.")
         vectors = self.embedder().encode(texts)
         found: list[list[Passage]] = [[] for _ in texts]
         for stored in self._segments:

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datastore.format import MANIFEST, SEGMENTS, Manifest, check_digests, read_manifest, read_record
+from datastore.format import SEGMENTS, Manifest, check_digests, read_manifest, read_record
 from datastore.segment import open_segment
-from jobs.files import read_json
 from jobs.report import print_table
 from pipeline.errors import DatastoreError
 
@@ -87,11 +86,8 @@ def _described(manifest: Manifest) -> str:
 
 
 def _manifest_problems(store: Path, manifest: Manifest) -> list[str]:
-    """Whether the manifest agrees with its own fingerprint and with the segments' records."""
+    """Whether the manifest agrees with the segments' records."""
     problems = []
-    written = (read_json(store / MANIFEST) or {}).get("fingerprint")
-    if written != manifest.fingerprint:
-        problems.append(f"{store / MANIFEST} has the fingerprint {written}, its content has {manifest.fingerprint}")
     for segment in manifest.segments:
         directory = store / SEGMENTS / segment.name
         if read_record(directory) != segment:

@@ -16,7 +16,7 @@ import ray
 from actors.records import output_schema
 from actors.rows import InputRow, ReplicaInfo, ShardStats
 from jobs import seats
-from jobs.backend import Launch
+from jobs.backend import Launch, Retrieving
 from jobs.cluster import Placement, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
@@ -71,7 +71,7 @@ def drive(output: Path, faults: Faults, listener: Listener, *, num_shards: int =
     placement = Placement(num_replicas, num_cpus=1.0, num_gpus=0.0, num_threads=1)
 
     def launch(replica: int) -> Any:
-        order = Launch(config, placement, "plain", {}, replica, concurrency=4)
+        order = Launch(config, placement, Retrieving("plain", frozenset()), None, {}, replica, concurrency=4)
         return order.actor(FakeReplica, config, replica, "float32", faults)
 
     with Lease(output) as lease:

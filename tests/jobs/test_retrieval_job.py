@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actors.records import output_schema
-from actors.replica import Replica, ReplicaConfig
-from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig
-from actors.rows import InputRow, ShardResult, ShardTask
-from actors.searchers import RetrievalConfig
 from datastore.format import Manifest, write_manifest
 from datastore.segment import write_segment
 from jobs.commit import read_commits
 from pipeline.models import tokenizer_hash
-from pipeline.request import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["row_index", "id", "sample", "prompt", "text", "token_ids", "finish_reason", "seed", "status", "error_type"]
@@ -136,72 +128,3 @@ def kill_services() -> int:
     for process in found:
         process.kill()
     return len(found)
-
-
-def replica_of(number: int, services: dict[str, object], output: Path, tokenizer: str) -> Replica:
-    retrieval = RetrievalConfig("shared", None, None, tokenizer, 1 << 20, 0, str(output), services, 30.0)
-    replica = Replica(
-        ReplicaConfig(
-            model="smollm2-135m",
-            revision=None,
-            dtype="float32",
-            device="cpu",
-            slots=2,
-            method="retrieval",
-            budget=8,
-            sampling=SamplingParams(max_new_tokens=24),
-            seed=0,
-            num_samples=1,
-            kv_memory=None,
-            max_context=256,
-            prefill_chunk=512,
-            trust_remote_code=False,
-            sources=("live",),
-            draft=None,
-            retrieval=retrieval,
-            replica=number,
-            num_threads=None,
-        )
-    )
-    replica.start()
-    return replica
-
-
-def test_rows_finished_on_one_replica_raise_acceptance_on_the_other(
-    tmp_path: Path, cluster: str, smollm2: tuple[PreTrainedModel, PreTrainedTokenizerBase]
-) -> None:
-    hash_ = tokenizer_hash(smollm2[1])
-    ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
-    try:
-        lifted = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(RetrievalService)
-        config = ServiceConfig(None, hash_, VOCABULARY, frozenset({"live"}), str(tmp_path), 1 << 20)
-        service = lifted.options(num_cpus=0).remote(config)
-        ray.get(service.wait_ready.options(concurrency_group="control").remote(60.0))
-        rows = tuple(InputRow(i, str(i), prompt=f"Write about {s}. It is") for i, s in enumerate(("tea", "snow")))
-        results: list[ShardResult] = []
-        for number in range(2):
-            replica = replica_of(number, {"": service}, tmp_path, hash_)
-            schema = output_schema(["prompt"], pa.schema([]), logprobs=False).serialize().to_pybytes()
-            results.append(replica.run_shard(ShardTask(0, number, rows, str(tmp_path / f"{number}.parquet"), schema)))
-            replica.stop()
-            wait_for(lambda: sequences_in(service) >= 2)
-    finally:
-        ray.shutdown()
-    first, second = (result.stats for result in results)
-    texts = [pq.read_table(tmp_path / f"{number}.parquet")["token_ids"].to_pylist() for number in range(2)]
-    assert texts[0] == texts[1]
-    assert first.accepted_by_source.get("live", 0) == 0
-    assert second.accepted_by_source["live"] > 20, "of 48 tokens"
-    assert second.rounds < 0.6 * first.rounds
-
-
-def sequences_in(service: object) -> int:
-    stats = ray.get(service.stats.options(concurrency_group="control").remote())  # type: ignore[attr-defined]
-    return int(stats.live_sequences)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
