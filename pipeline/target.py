@@ -34,8 +34,8 @@ class Forward:
 
     logits: torch.Tensor
     begin: list[int]
-    states: torch.Tensor | None
-    state_begin: list[int]
+    states: torch.Tensor | None = None
+    state_begin: Sequence[int] = ()
 
 
 class Target:
