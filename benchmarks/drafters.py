@@ -37,7 +37,8 @@ def main() -> None:
     arguments.add_argument("--budget", type=int, default=32)
     arguments.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     arguments.add_argument("--heads", nargs="*", default=[], help="directories of draft heads")
-    arguments.add_argument("--keep-every", type=int, default=3, help="layers that `skipped` keeps: every so many")
+    arguments.add_argument("--drop-every", type=int, default=10, help="layers that `skipped` lacks: every so many")
+    arguments.add_argument("--only", nargs="+", help="names of drafters; all if not given")
     arguments.add_argument("--dtype", default="bfloat16")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -46,9 +47,10 @@ def main() -> None:
         "plain": ((), lambda _: None),
         "context": (("context",), lambda _: None),
         "target": (("draft",), lambda _: load(options.model, getattr(torch, options.dtype))[0]),
-        "skipped": (("draft",), lambda target: skipped(target, options.keep_every)),
+        "skipped": (("draft",), lambda target: skipped(target, options.drop_every)),
         **{f"head {Path(p).name}": (("draft",), _head(p, target_hash)) for p in options.heads},
     }
+    drafters = {name: drafter for name, drafter in drafters.items() if not options.only or name in options.only}
     results: dict[str, Any] = {}
     for temperature in options.temperatures:
         for name, (sources, draft) in drafters.items():
@@ -60,12 +62,12 @@ def main() -> None:
     report({"budget": options.budget, "slots": options.slots, "dtype": options.dtype, "runs": results}, options.output)
 
 
-def skipped(target: PreTrainedModel, keep_every: int) -> PreTrainedModel:
-    """A copy of a model with every `keep_every`th decoder layer, the first and the last among them."""
+def skipped(target: PreTrainedModel, drop_every: int) -> PreTrainedModel:
+    """A copy of a model without every `drop_every`th decoder layer; the first and the last stay."""
     model = copy.deepcopy(target)
     decoder: Any = model.get_decoder()
     last = len(decoder.layers) - 1
-    kept = sorted({0, last, *range(0, last, keep_every)})
+    kept = [i for i in range(last + 1) if i in (0, last) or i % drop_every != drop_every // 2]
     decoder.layers = torch.nn.ModuleList([decoder.layers[i] for i in kept])
     for place, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = place

@@ -78,8 +78,11 @@ def build_suffix(tokens: np.ndarray, vocab_size: int, num_threads: int) -> Suffi
     def sort(bounds: tuple[int, int]) -> None:
         _sort_buckets(tokens, places, buckets, *bounds, layout.words, layout.per_word, layout.bits)
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(sort, _even_parts(buckets, num_threads * _TASKS_A_THREAD)))
+    if num_threads == 1:
+        sort((0, vocab_size))
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(sort, _even_parts(buckets, num_threads * _TASKS_A_THREAD)))
     samples = _first_words(tokens, places[::SAMPLE_STEP], layout.per_word, layout.bits)
     return SuffixArrays(places, buckets.astype(np.uint32), samples)
 
@@ -148,7 +151,8 @@ def _sort_buckets(
     keys = np.empty(longest, np.uint64)
     stack = np.empty((128 * words, 3), np.int64)
     for bucket in range(first, last):
-        _sort_run(tokens, places[buckets[bucket] : buckets[bucket + 1]], keys, stack, words, per_word, bits)
+        if buckets[bucket + 1] - buckets[bucket] > 1:
+            _sort_run(tokens, places[buckets[bucket] : buckets[bucket + 1]], keys, stack, words, per_word, bits)
 
 
 @njit(cache=True, nogil=True)

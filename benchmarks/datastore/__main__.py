@@ -73,8 +73,11 @@ def _lookups(options: Any) -> dict[str, Any] | None:
         return None
     opened = Datastore.open(options.large, dense=False)
     segment = opened.segments[0].segment
-    contexts = lookups.contexts_of(segment.plain()[0], _CONTEXTS)
-    return lookups.measure(SegmentSet([segment], opened.manifest.token_dtype), contexts)
+    tokens, _ = segment.plain()
+    measured = lookups.measure(
+        SegmentSet([segment], opened.manifest.token_dtype), lookups.contexts_of(tokens, _CONTEXTS)
+    )
+    return {**measured, "live_append": lookups.measure_live(tokens, opened.manifest.vocab_size)}
 
 
 def _service(options: Any) -> dict[str, Any] | None:
