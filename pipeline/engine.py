@@ -16,7 +16,7 @@ from pipeline.budget import StepTimes, select
 from pipeline.errors import RowError
 from pipeline.methods import Proposers
 from pipeline.packing import Run
-from pipeline.pages import PagePool
+from pipeline.pages import PagePool, pool_index
 from pipeline.proposal import Committed, FeatureDrafter, SlotView
 from pipeline.request import Generation, Request
 from pipeline.sampling import Choices, choose
@@ -71,6 +71,7 @@ class Engine:
         self._decoder = decoder
         self._eos_ids = frozenset(eos_ids)
         self._drafter = proposers.drafter
+        self._reader = proposers.drafter if isinstance(proposers.drafter, FeatureDrafter) else None
         self._retrievers = proposers.retrievers
         self._acceptance = acceptance
         self._config = config
@@ -147,8 +148,8 @@ class Engine:
         """One target forward pass over all runs and the target's choice after every node; times itself."""
         copies = self._scheduler.take_copies()
         self._move([copies])
-        if isinstance(self._drafter, FeatureDrafter) and len(copies[0]):
-            self._drafter.copy(*(torch.from_numpy(index).to(self._target.device) for index in copies))
+        if self._reader is not None and len(copies[0]):
+            self._reader.copy(*(torch.from_numpy(index).to(self._target.device) for index in copies))
         begin = time.perf_counter()
         forward = self._target.forward([item.run for item in work])
         choices = self._choose(work, forward)
@@ -182,8 +183,8 @@ class Engine:
                 committed.append(_committed(slot, run, accepted, forward.states[forward.state_begin[i] :]))
             self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
         self._move(moves)
-        if isinstance(self._drafter, FeatureDrafter):
-            self._drafter.commit(committed)
+        if self._reader is not None:
+            self._reader.commit(committed)
         for item in work:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
@@ -211,16 +212,11 @@ class Engine:
 
     def _keep(self, slot: Slot, root_end: int, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where accepted nodes lie in the cache and where they belong, as token indices of the pool, [A] each."""
-        pages = np.asarray(slot.pages.pages)
         size = self._target.cache.page_size
-
-        def place(index: np.ndarray) -> np.ndarray:
-            index = pages[index // size] * size + index % size
-            return index
-
         target = np.arange(len(accepted))
         moved = accepted != target
-        return place(root_end + accepted[moved].astype(np.int64)), place(root_end + target[moved])
+        source = root_end + accepted[moved].astype(np.int64)
+        return pool_index(slot.pages, source, size), pool_index(slot.pages, root_end + target[moved], size)
 
     def _move(self, moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         if moves and sum(len(source) for source, _ in moves):

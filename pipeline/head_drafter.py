@@ -16,7 +16,7 @@ from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots
 from pipeline.head import DraftHead
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.packing import PackedRow, Run, pack
-from pipeline.pages import PageRun
+from pipeline.pages import PageRun, pool_index
 from pipeline.proposal import Committed, Draft, SlotView
 from pipeline.tree import EMPTY_TREE
 
@@ -75,7 +75,7 @@ class HeadDrafter:
         tokens = torch.from_numpy(np.concatenate([part.tokens for part in committed]).astype(np.int64)).to(device)
         places = [np.arange(part.begin, part.begin + len(part.tokens)) for part in committed]
         positions = torch.from_numpy(np.concatenate(places)).to(device)
-        index = [_pool_index(part.pages, place, self._page_size) for part, place in zip(committed, places, strict=True)]
+        index = [pool_index(part.pages, place, self._page_size) for part, place in zip(committed, places, strict=True)]
         _, key, value = self._head.heads(self._head.inputs(tokens, features), positions)
         self._cache.place(torch.from_numpy(np.concatenate(index)).to(device))
         self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
@@ -146,8 +146,3 @@ class HeadDrafter:
 def _root_run(growth: Growth) -> Run:
     tokens = growth.view.tokens
     return Run(tokens[-1:], EMPTY_TREE, len(tokens) - 1, growth.pages, True)
-
-
-def _pool_index(pages: PageRun, places: np.ndarray, page_size: int) -> np.ndarray:
-    index: np.ndarray = np.asarray(pages.pages)[places // page_size] * page_size + places % page_size
-    return index

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pipeline.pages import PageRun, block_table
+from pipeline.pages import PageRun, block_table, pool_index
 from pipeline.tree import TokenTree, ancestor_mask, node_depths
 
 _NO_MASK = -1
@@ -109,9 +109,7 @@ def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.devi
         token_ids[root + 1 : starts[i + 1]] = run.tree.tokens
         positions[begin : root + 1] = np.arange(run.cached, run.cached + num_known)
         index = np.arange(run.cached, run.cached + len(run))
-        write_index[begin : starts[i + 1]] = (
-            np.asarray(run.pages.pages)[index // page_size] * page_size + index % page_size
-        )
+        write_index[begin : starts[i + 1]] = pool_index(run.pages, index, page_size)
         if len(run.tree):
             positions[root + 1 : starts[i + 1]] = run.cached + num_known - 1 + node_depths(run.tree.parents)
             mask_starts[i] = mask_size

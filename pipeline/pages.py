@@ -175,6 +175,12 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else length
 
 
+def pool_index(run: PageRun, places: np.ndarray, page_size: int) -> np.ndarray:
+    """Pool token indices, page * page_size + offset, of places in a sequence: [n] integers -> [n] int64."""
+    index: np.ndarray = np.asarray(run.pages)[places // page_size] * page_size + places % page_size
+    return index
+
+
 def block_table(runs: Sequence[PageRun]) -> np.ndarray:
     """[S, B] int32 page ids, padded with 0."""
     width = max((len(run.pages) for run in runs), default=0)
