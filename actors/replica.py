@@ -25,9 +25,9 @@ from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardSta
 from actors.searchers import RetrievalConfig
 from actors.sources import Sources, open_sources
 from pipeline.assemble import EngineOptions, build_engine
-from pipeline.errors import ConfigError, JobError, RowError
+from pipeline.errors import ConfigError, JobError, ModelError, RowError
 from pipeline.head import DraftHead
-from pipeline.head_files import is_head, load_head
+from pipeline.head_files import is_head, load_head, shipped_head
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
@@ -47,7 +47,7 @@ class ReplicaConfig:
         budget: most tree nodes a slot and round; None tunes itself.
         kv_memory: bytes for keys and values; None takes a share of what is free.
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
-        draft: model, or directory of a head, for the source `draft`.
+        draft: model, or directory of a head, for the source `draft`; None is the head shipped for the target.
         retrieval: where the others are; None if the method needs none of them.
         num_threads: CPU threads of torch and numba; None leaves their default.
     """
@@ -183,9 +183,13 @@ class Replica:
     def _draft(self, model: PreTrainedModel, target: str) -> PreTrainedModel | DraftHead:
         """The draft model, or the head trained for this target."""
         name = self._config.draft
-        assert name is not None
-        if is_head(name):
-            return load_head(Path(name), model, target)
+        head = Path(name) if name is not None else shipped_head(target)
+        if head is None:
+            raise ModelError(
+                f"No draft head for {self._config.model} comes with rasd on {platform.node()}; give --draft."
+            )
+        if name is None or is_head(name):
+            return load_head(head, model, target)
         trusted = self._config.trust_remote_code
         return load_causal_lm(resolve_model(name), model.dtype, model.device, trust_remote_code=trusted)
 

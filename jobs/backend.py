@@ -11,6 +11,7 @@ from jobs.cluster import Placement
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
 
+SHIPPED = "head"  # what `--draft` calls the head that comes with the project
 AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -99,12 +100,11 @@ class ModelBackend:
 
     def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
         """See `Backend.sources`."""
-        from jobs.facts import check_draft
+        from jobs.facts import has_draft
         from jobs.retrieval import provided_sources
 
         sources = provided_sources(config, facts)
-        if config.draft is not None:
-            check_draft(config.draft, config, facts)
+        if has_draft(config, facts):
             sources |= {"draft"}
         return sources
 
@@ -127,7 +127,7 @@ class ModelBackend:
         return launch.actor(
             Replica,
             ReplicaConfig(
-                model=_anywhere(config.model),
+                model=anywhere(config.model),
                 # Of a hub model the very commit that was planned with, even if its branch has moved since.
                 revision=launch.resolved["revision"],
                 dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
@@ -135,7 +135,7 @@ class ModelBackend:
                 slots=config.slots,
                 method=launch.retrieving.method,
                 sources=tuple(launch.retrieving.sources),
-                draft=None if config.draft is None else _anywhere(config.draft),
+                draft=None if config.draft in (None, SHIPPED) else anywhere(config.draft),
                 retrieval=None if launch.services is None else launch.services.config,
                 budget=_or_none(config.budget),
                 sampling=config.sampling(),
@@ -151,8 +151,8 @@ class ModelBackend:
         )
 
 
-def _anywhere(model: str) -> str:
-    """The model's name so that it means the same in a replica's working directory."""
+def anywhere(model: str) -> str:
+    """A model's name so that it means the same in another process's working directory."""
     from pipeline.embedded import EMBEDDED
 
     path = Path(model).expanduser()

@@ -114,8 +114,9 @@ class GenerateConfig(Options):
     draft: str | None = option(
         None,
         "speed",
-        "Draft head trained for the target, or any model with its tokenizer: a directory, .gguf file, name or hub id.",
-        metavar="MODEL",
+        "Draft head trained for the target, or any model with its tokenizer: a directory, .gguf file, name or hub id;"
+        " `head`, the default where there is one, is the head that comes with rasd for the target.",
+        metavar="head|MODEL",
         min_length=1,
     )
     datastore: str | None = option(

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jobs.backend import AUTO_DTYPE
+from jobs.backend import AUTO_DTYPE, SHIPPED
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
-from pipeline.errors import ModelError
-from pipeline.head_files import check_target, is_head
+from pipeline.errors import ConfigError, ModelError
+from pipeline.head_files import check_target, is_head, shipped_head
 from pipeline.models import load_config, load_tokenizer, resolve_model, tokenizer_hash
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,21 +34,35 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
     )
 
 
-def check_draft(name: str, config: GenerateConfig, facts: ModelFacts) -> None:
-    """Refuses a draft model whose token ids mean something else than the target's, and a head of another target.
+def has_draft(config: GenerateConfig, facts: ModelFacts) -> bool:
+    """Whether there is a draft for the target: the one that `--draft` names, or without it a shipped head.
 
     Raises:
-        ModelError: it has another tokenizer, was trained for another target, or cannot be resolved.
+        ConfigError: `head` is a directory, too.
+        ModelError: what `--draft` names cannot be resolved or does not fit: a head of another target, a model whose
+            token ids mean something else than the target's.
     """
+    name = config.draft
+    if name is None or name == SHIPPED:
+        if name is not None and is_head(name):
+            raise ConfigError(f"--draft is {name!r}, the head that comes with rasd; for the directory write ./{name}.")
+        is_shipped = shipped_head(facts.weights) is not None
+        if name is not None and not is_shipped:
+            raise ModelError(
+                f"--draft is {SHIPPED!r}, but no head comes with rasd for --model {config.model}. Train one with"
+                " `rasd train-draft` and give its directory, or name a draft model."
+            )
+        return is_shipped
     if is_head(name):
         check_target(Path(name).expanduser(), facts.weights)
-        return
+        return True
     tokenizer = load_tokenizer(resolve_model(name), trust_remote_code=config.trust_remote_code)
-    if (found := tokenizer_hash(tokenizer)) != facts.tokenizer:
+    if (other := tokenizer_hash(tokenizer)) != facts.tokenizer:
         raise ModelError(
-            f"--draft {name} has tokenizer {found[:16]}, --model {config.model} has {facts.tokenizer[:16]}; a draft"
+            f"--draft {name} has tokenizer {other[:16]}, --model {config.model} has {facts.tokenizer[:16]}; a draft"
             " model must have the target's. Choose one of the same family."
         )
+    return True
 
 
 def vocab_size(config: GenerateConfig) -> int:

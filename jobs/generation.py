@@ -27,11 +27,13 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
     """
     began = time.monotonic()
     method_named(config.method)  # an unknown name is told before the inputs are read
-    output = _output_directory(config)
+    output = output_directory(config.output)
     inputs = open_inputs(config.prompts, text_column=config.text_column)
     facts = backend.facts(config)
     sources = backend.sources(config, facts)
-    method = method_named(config.method, sources).name
+    # A head that merely comes with rasd yields to a datastore, a draft that was asked for does not.
+    is_asked_for = config.method == "auto" and config.draft is not None
+    method = method_named("draft" if is_asked_for else config.method, sources).name
     plan = make_plan(config, inputs, facts, _binding(_recorded_plan(output), output))
     if config.dry_run:
         print_plan(plan, config, method, backend.memory(config))
@@ -49,12 +51,17 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
         return job.run(inputs, (recorded or {}).get("attempts", []), began)
 
 
-def _output_directory(config: GenerateConfig) -> Path:
-    output = Path(config.output).expanduser()
+def output_directory(name: str) -> Path:
+    """Where `--output` is.
+
+    Raises:
+        ConfigError: it would be removed with the submitted job's working directory.
+    """
+    output = Path(name).expanduser()
     # Set by Ray's job server, which runs the command in a temporary copy of the submitted directory.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
         raise ConfigError(
-            f"--output is {config.output!r}; a submitted job runs in a directory that Ray removes. Give an absolute"
+            f"--output is {name!r}; a submitted job runs in a directory that Ray removes. Give an absolute"
             " path that all nodes see."
         )
     return output

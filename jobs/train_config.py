@@ -5,22 +5,43 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from jobs.config import Auto, Count
-from jobs.fields import Options, listed, option
+from jobs.fields import Options, listed, option, parse_size
 
 
 class TrainConfig(Options):
     """Everything that `rasd train-draft` can be told."""
 
     prompts: Annotated[tuple[str, ...], BeforeValidator(listed)] = option(
-        ...,
+        (),
         "input and output",
         "Prompts whose answers the head learns from, as for `rasd generate`; never those it will be measured on.",
-        wanted="at least one file, directory, glob or data set name",
+        wanted="files, directories, globs or data set names",
         metavar="PATH",
-        min_length=1,
+    )
+    answers: Annotated[tuple[str, ...], BeforeValidator(listed)] = option(
+        (),
+        "input and output",
+        "Outputs of `rasd generate` with this model to learn from, besides or instead of answers to --prompts.",
+        wanted="output directories of rasd generate",
+        metavar="DIR",
+    )
+    corpus: Annotated[tuple[str, ...], BeforeValidator(listed)] = option(
+        (),
+        "input and output",
+        "Documents to learn from, too, as for `rasd datastore build`: what the target says at each place of them.",
+        wanted="files, directories, globs or data set names",
+        metavar="PATH",
+    )
+    corpus_tokens: int = option(1 << 20, "input and output", "Most tokens of --corpus, from its beginning.", ge=1)
+    initial: str | None = option(
+        None, "input and output", "Head of this target to start from; its vocabulary and rank stay.", metavar="DIR"
     )
     text_column: str = option(
-        "prompt", "input and output", "Input column that holds the prompt.", metavar="NAME", min_length=1
+        "prompt",
+        "input and output",
+        "Input column that holds the prompt; of --corpus `text`.",
+        metavar="NAME",
+        min_length=1,
     )
     output: str = option(
         ...,
@@ -45,7 +66,9 @@ class TrainConfig(Options):
     slots: int = option(16, "answers", "Answers generated at once by a replica.", ge=1)
     ray_address: str | None = option(None, "answers", "Ray cluster to join; see `rasd generate`.", metavar="ADDRESS")
 
-    draft_vocab: int = option(8192, "head", "Tokens that the head can propose: the most frequent of the answers.", ge=1)
+    draft_vocab: int = option(
+        8192, "head", "Tokens that the head can propose: the most frequent of the answers.", ge=64
+    )
     rank: int = option(16, "head", "Rank of the output's trained correction; 0 for none.", ge=0)
 
     epochs: float = option(3.0, "training", "How often each answer is seen.", gt=0.0, allow_inf_nan=False)
@@ -55,4 +78,14 @@ class TrainConfig(Options):
     unroll: int = option(4, "training", "Drafted tokens trained at once.", ge=1)
     held_out: int = option(64, "training", "Answers to evaluate on, which are not learned from.", ge=1)
     evaluate_every: int = option(100, "training", "Steps between evaluations, each with a checkpoint.", ge=1)
+    cache: Annotated[int, Field(ge=0), BeforeValidator(parse_size)] = option(
+        16 << 30,
+        "training",
+        "Disk for what the target says of each sequence, so that later epochs need not ask it; 0 for none.",
+        wanted="a size such as 16GiB, or 0",
+        metavar="SIZE",
+    )
     num_threads: Annotated[Count | Auto, Field()] = option("auto", "training", "CPU threads; auto is torch's choice.")
+    num_workers: int = option(
+        1, "training", "Workers that share every batch, through Ray Train: a GPU each, or cores without GPUs.", ge=1
+    )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class EngineOptions:
             what is free.
         max_context: longest prompt plus output in tokens; None takes the model's.
         prefill_chunk: most prefill tokens a round.
+        drafting: shape of a draft model's trees.
     """
 
     num_slots: int = 16
@@ -52,6 +53,7 @@ class EngineOptions:
     kv_memory: int | None = None
     max_context: int | None = None
     prefill_chunk: int = 512
+    drafting: DraftOptions = field(default_factory=DraftOptions)
 
 
 def build_engine(
@@ -99,21 +101,22 @@ def build_engine(
         prefill_chunk=options.prefill_chunk,
         max_context=max_context,
     )
-    drafter = _drafter(draft, target, num_pages, options.num_slots)
+    drafter = _drafter(draft, target, num_pages, options)
     proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter)
     return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)
 
 
 def _drafter(
-    draft: PreTrainedModel | DraftHead | None, target: Target, num_pages: int, num_slots: int
+    draft: PreTrainedModel | DraftHead | None, target: Target, num_pages: int, options: EngineOptions
 ) -> Drafter | None:
     match draft:
         case None:
             return None
         case DraftHead():
             target.read_states(draft.config.depths)
-            return HeadDrafter(draft, num_pages, PAGE_SIZE, num_slots, DraftOptions())
-    return ModelDrafter(Target(draft, num_pages + _DRAFT_PAGES * num_slots, PAGE_SIZE), DraftOptions())
+            return HeadDrafter(draft, num_pages, PAGE_SIZE, options.num_slots, options.drafting)
+    num_pages += _DRAFT_PAGES * options.num_slots
+    return ModelDrafter(Target(draft, num_pages, PAGE_SIZE), options.drafting)
 
 
 def _draft_bytes(draft: PreTrainedModel | DraftHead | None) -> int:

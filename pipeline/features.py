@@ -49,6 +49,23 @@ class FeatureTap:
         return keep
 
 
+@torch.no_grad()
+def output_scale(model: PreTrainedModel) -> torch.Tensor | None:
+    """[H] float32 weight of the norm between the last layer and the output matrix; None if there is none to be found.
+
+    Measured, not read: some models store it as a difference from one.
+    """
+    decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
+    norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layernorm", None)
+    if not isinstance(norm, nn.Module):
+        return None
+    size = int(model.config.get_text_config().hidden_size)
+    signs = torch.ones(size, device=model.device, dtype=model.dtype)
+    signs[::2] = -1.0  # mean 0, root mean square 1
+    scaled: torch.Tensor = norm(signs) - norm(torch.zeros_like(signs))
+    return scaled.float() * signs.float()
+
+
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     layers = getattr(decoder, "layers", None)

@@ -69,17 +69,25 @@ class Growth:
         return Run(self.view.tokens[root:], self.tree.expanded, root, self.pages, True, done)
 
 
-def grow(growths: Sequence[Growth], logits: torch.Tensor, begins: Sequence[int], options: DraftOptions) -> None:
+def grow(
+    growths: Sequence[Growth],
+    logits: torch.Tensor,
+    begins: Sequence[int],
+    options: DraftOptions,
+    token_ids: torch.Tensor | None = None,
+) -> None:
     """Adds a level to all trees.
 
     Args:
-        logits: [M, V] float32, one row for each node to be expanded; -inf where the draft model has no opinion.
+        logits: [M, V] float32, one row for each node to be expanded.
         begins: the first row of each tree.
+        token_ids: [V] int64 token of each column of a draft model with a vocabulary of its own.
     """
     rows = [row for growth in growths for row in _choice_rows(growth, options)]
-    scores = perturbed_scores(logits, rows) if any(not row.params.is_greedy for row in rows) else logits
+    scores = perturbed_scores(logits, rows, token_ids) if any(not row.params.is_greedy for row in rows) else logits
     top = scores.log_softmax(dim=-1).topk(min(options.branches, scores.shape[-1]), dim=-1)
-    logprobs, tokens = top.values.cpu().numpy(), top.indices.cpu().numpy()
+    chosen = top.indices if token_ids is None else token_ids[top.indices]
+    logprobs, tokens = top.values.cpu().numpy(), chosen.cpu().numpy()
     for growth, begin in zip(growths, begins, strict=True):
         end = begin + growth.num_rows
         growth.tree.grow(logprobs[begin:end], tokens[begin:end])
@@ -107,3 +115,10 @@ def logprobs_at_roots(
     uniform = torch.full((num_views, logits.shape[1]), -float(np.log(logits.shape[1])), device=logits.device)
     uniform[list(places)] = logits[list(begins)].log_softmax(dim=-1)
     return uniform
+
+
+def over_vocabulary(logprobs: torch.Tensor, token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[S, D] over a draft vocabulary [D] int64 as [S, vocab_size]; -inf for tokens outside it."""
+    whole = logprobs.new_full((len(logprobs), vocab_size), -torch.inf)
+    whole[:, token_ids] = logprobs
+    return whole

@@ -2,8 +2,9 @@
 
 Place j of a sequence joins the token at j with the target's features at j - 1 and predicts the token at j + 1. Beyond
 the known tokens the features are the head's own output at the place before. Features are hidden states from three
-depths of the target, fused to one. The output matrix is the target's own, cut to a draft vocabulary, with a low-rank
-correction; neither it nor the embedding is stored with the head.
+depths of the target, each normalised (some models have single activations a hundred times the rest), fused to one.
+The output matrix is the target's own, cut to a draft vocabulary, with a low-rank correction; neither it nor the
+embedding is stored with the head.
 """
 
 import math
@@ -77,13 +78,19 @@ class DraftHead(nn.Module):
         embedding: [V, H] of the target; shared, not stored.
         output: [V, H] of the target; its rows `token_ids` are copied, not stored.
         token_ids: [draft_vocab_size] int64, ascending: the target's id of each draft token.
+        scale: [H] weight of the target's norm before its output, what the head's own starts from; ones if None.
     """
 
     token_ids: torch.Tensor
     output: torch.Tensor
 
     def __init__(
-        self, config: HeadConfig, embedding: torch.Tensor, output: torch.Tensor, token_ids: torch.Tensor
+        self,
+        config: HeadConfig,
+        embedding: torch.Tensor,
+        output: torch.Tensor,
+        token_ids: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -92,9 +99,11 @@ class DraftHead(nn.Module):
             config.num_heads * config.head_dim,
             config.num_kv_heads * config.head_dim,
         )
+        self.state_norms = nn.ModuleList(nn.RMSNorm(hidden, eps=1e-5) for _ in range(NUM_DEPTHS))
         self.fuse = nn.Linear(NUM_DEPTHS * hidden, hidden, bias=False)
         self.token_norm = nn.RMSNorm(hidden, eps=1e-5)
         self.feature_norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.token = nn.Linear(hidden, hidden, bias=False)
         self.query = nn.Linear(2 * hidden, heads, bias=False)
         self.key = nn.Linear(2 * hidden, kv, bias=False)
         self.value = nn.Linear(2 * hidden, kv, bias=False)
@@ -109,22 +118,26 @@ class DraftHead(nn.Module):
         self._embedding = embedding  # a plain tensor: not a parameter, not in the state
         self.register_buffer("token_ids", token_ids)
         self.register_buffer("output", output[token_ids].clone(), persistent=False)
-        self._initialise()
+        self._initialise(scale)
 
-    def _initialise(self) -> None:
+    def _initialise(self, scale: torch.Tensor | None) -> None:
         """So that the untrained head repeats what its deepest features say."""
         hidden = self.config.hidden_size
         with torch.no_grad():
             self.fuse.weight.zero_()
             self.fuse.weight[:, (NUM_DEPTHS - 1) * hidden :] = torch.eye(hidden)
+            self.token.weight.zero_()
             for layer in (self.mix, self.down):
                 layer.weight.mul_(0.1)
             if self.widen is not None:
                 self.widen.weight.zero_()
+            if scale is not None:
+                self.output_norm.weight.copy_(scale)
 
     def features(self, states: torch.Tensor) -> torch.Tensor:
         """The target's hidden states at three depths, [..., 3 H], as one feature [..., H]."""
-        fused: torch.Tensor = self.fuse(states)
+        parts = zip(self.state_norms, states.chunk(NUM_DEPTHS, dim=-1), strict=True)
+        fused: torch.Tensor = self.fuse(torch.cat([norm(part) for norm, part in parts], dim=-1))
         return fused
 
     def inputs(self, token_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -141,9 +154,17 @@ class DraftHead(nn.Module):
         cos, sin = rotary(positions, size, self.config.rope_theta)
         return _rotated(query, cos, sin), _rotated(key, cos, sin), value
 
-    def close(self, features: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """The layer's output [..., H] from its residual, the features, and its attention's output [..., heads * D]."""
-        hidden = features + self.mix(attended)
+    def residual(self, inputs: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """What the layer adds to, [..., H]: the features before a token, and the token itself.
+
+        EAGLE-3 has the features alone; there the token has to come through attention to its own place.
+        """
+        residual: torch.Tensor = features + self.token(inputs[..., : self.config.hidden_size])
+        return residual
+
+    def close(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """The layer's output [..., H] from its residual and its attention's output [..., heads * D]."""
+        hidden = residual + self.mix(attended)
         normed = self.mlp_norm(hidden)
         closed: torch.Tensor = hidden + self.down(F.silu(self.gate(normed)) * self.up(normed))
         return closed

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.attention import AttentionContext, rasd_attention
 from pipeline.draft_tree import GrowingTree
-from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots
+from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.packing import PackedRow, Run, pack
@@ -90,14 +90,15 @@ class HeadDrafter:
             if not working:
                 break
             hidden = self._level(working, outputs)
-            logits = self._logits(hidden)
+            logits = self._head.logits(hidden).float()
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
             for (index, growth), begin in zip(working.items(), begins, strict=True):
                 new = hidden[begin : begin + growth.num_rows]
                 outputs[index] = torch.cat([outputs[index], new]) if level else new
             if level == 0:
-                root_logprobs = logprobs_at_roots(logits, begins, list(working), len(views))
-            grow(list(working.values()), logits, begins, self._options)
+                drafted = logprobs_at_roots(logits, begins, list(working), len(views))
+                root_logprobs = over_vocabulary(drafted, self._head.token_ids, self._head.config.vocab_size)
+            grow(list(working.values()), logits, begins, self._options, self._head.token_ids)
         grown = {index: growth.tree.tree(self._options.num_nodes) for index, growth in growths.items()}
         return Draft([grown.get(index, EMPTY_TREE) for index in range(len(views))], root_logprobs)
 
@@ -128,19 +129,13 @@ class HeadDrafter:
         return self._attend(row, torch.cat(before))
 
     def _attend(self, row: PackedRow, features: torch.Tensor) -> torch.Tensor:
-        query, key, value = self._head.heads(self._head.inputs(row.token_ids[0], features), row.position_ids[0])
+        inputs = self._head.inputs(row.token_ids[0], features)
+        query, key, value = self._head.heads(inputs, row.position_ids[0])
         self._cache.begin(row)
         query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, C, D]
         self._cache.update(key, value, 0)
         attended, _ = rasd_attention(self._layer, query, key, value, None, packed=AttentionContext(row, self._cache))
-        return self._head.close(features, attended[0].flatten(1))
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[M, V] float32; -inf for tokens outside the draft vocabulary."""
-        drafted = self._head.logits(hidden).float()
-        logits = drafted.new_full((len(drafted), self._head.config.vocab_size), -torch.inf)
-        logits[:, self._head.token_ids] = drafted
-        return logits
+        return self._head.close(self._head.residual(inputs, features), attended[0].flatten(1))
 
 
 def _root_run(growth: Growth) -> Run:

@@ -1,4 +1,7 @@
-"""A draft head on disk: `head.json` (its shape and target) and `head.safetensors` (bf16)."""
+"""A draft head on disk: `head.json` (its shape and target) and `head.safetensors` (bf16).
+
+Heads that come with the project lie in `pipeline/heads`, each with its model card.
+"""
 
 import json
 from pathlib import Path
@@ -9,15 +12,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from pipeline.durable import fsync, replace_json
 from pipeline.errors import ModelError
+from pipeline.features import output_scale
 from pipeline.head import DraftHead, HeadConfig
 
 CONFIG, WEIGHTS = "head.json", "head.safetensors"
+_SHIPPED = Path(__file__).with_name("heads")
 
 
 def is_head(path: str) -> bool:
     """Whether a path is a draft head's directory."""
     return (Path(path).expanduser() / CONFIG).is_file()
+
+
+def shipped_head(target: str) -> Path | None:
+    """The directory of the head that comes with the project for a target; None if there is none.
+
+    Args:
+        target: hash of the target, see `pipeline.models.ResolvedModel.hash`.
+    """
+    heads = sorted(path.parent for path in _SHIPPED.glob(f"*/{CONFIG}"))
+    return next((head for head in heads if read_config(head).target == target), None)
 
 
 def new_head(model: PreTrainedModel, config: HeadConfig, token_ids: torch.Tensor) -> DraftHead:
@@ -29,19 +45,28 @@ def new_head(model: PreTrainedModel, config: HeadConfig, token_ids: torch.Tensor
     untyped: Any = model
     embedding = untyped.get_input_embeddings().weight.detach()
     output = untyped.get_output_embeddings().weight.detach()
-    head = DraftHead(config, embedding, output.float(), token_ids.to(output.device))
+    scale = output_scale(model)
+    head = DraftHead(config, embedding, output.float(), token_ids.to(output.device), scale)
     return head.to(output.device)
 
 
 def save_head(head: DraftHead, directory: Path) -> None:
-    """Writes a head in bf16; the configuration last, so that a directory with it is whole."""
+    """Writes a head in bf16, each file whole or not at all; the configuration last, and the old one is gone by then.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     state = {
         name: value.to("cpu", torch.bfloat16 if value.is_floating_point() else torch.int32).contiguous()
         for name, value in head.state_dict().items()
     }
-    save_file(state, directory / WEIGHTS)
-    (directory / CONFIG).write_text(json.dumps(head.config.as_dict(), indent=1) + "\n", encoding="utf-8")
+    temporary = directory / f"{WEIGHTS}.tmp"
+    save_file(state, temporary)
+    fsync(temporary)
+    (directory / CONFIG).unlink(missing_ok=True)
+    temporary.replace(directory / WEIGHTS)
+    replace_json(directory / CONFIG, head.config.as_dict())
 
 
 def read_config(directory: Path) -> HeadConfig:

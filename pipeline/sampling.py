@@ -65,8 +65,13 @@ def choose(logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> Choices:
     return Choices(token_ids.cpu().numpy(), logprobs)
 
 
-def perturbed_scores(logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> torch.Tensor:
+def perturbed_scores(
+    logits: torch.Tensor, rows: Sequence[ChoiceRow], token_ids: torch.Tensor | None = None
+) -> torch.Tensor:
     """[M, V] float32 scores whose argmax is the choice: processed logits plus noise, -inf where filtered out.
+
+    Args:
+        token_ids: [V] int64 token of each column, where a draft model knows only some; no penalty goes with it.
 
     The difference of a row's two best scores is the margin by which rounding would have to move a logit to change the
     text.
@@ -79,7 +84,7 @@ def perturbed_scores(logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> torch.T
     sampled = [i for i, row in enumerate(rows) if not row.params.is_greedy]
     if sampled:
         index = torch.tensor(sampled, device=scores.device)
-        scores[index] = _sample_scores(scores[index], [rows[i] for i in sampled])
+        scores[index] = _sample_scores(scores[index], [rows[i] for i in sampled], token_ids)
     return scores
 
 
@@ -90,21 +95,21 @@ def _penalize(scores: torch.Tensor, seen: np.ndarray, penalty: float) -> None:
     scores[ids] = torch.where(old < 0, old * penalty, old / penalty)
 
 
-def _sample_scores(scores: torch.Tensor, rows: Sequence[ChoiceRow]) -> torch.Tensor:
+def _sample_scores(scores: torch.Tensor, rows: Sequence[ChoiceRow], token_ids: torch.Tensor | None) -> torch.Tensor:
     """Temperature, filters and noise for rows with temperature > 0. [M, V] -> [M, V]."""
     device = scores.device
     scores = scores / torch.tensor([[row.params.temperature] for row in rows], device=device)
     keys = torch.tensor([row.key for row in rows], dtype=torch.int64, device=device)
     if all(_keeps_all(row.params) for row in rows):
-        ids = torch.arange(scores.shape[1], device=device).expand_as(scores)
-        return scores + gumbel(keys, ids.contiguous())
+        tokens = torch.arange(scores.shape[1], device=device) if token_ids is None else token_ids
+        return scores + gumbel(keys, tokens.expand_as(scores).contiguous())
     num_candidates = min(scores.shape[1], max(_NUM_CANDIDATES, 2 * max(row.params.top_k for row in rows)))
     values, ids, kept, is_cut_off = _filter(scores, rows, num_candidates)
     if num_candidates < scores.shape[1] and is_cut_off:
         values, ids, kept, _ = _filter(scores, rows, scores.shape[1])
     width = int(kept.sum(dim=1).max())
     values, ids, kept = values[:, :width], ids[:, :width].contiguous(), kept[:, :width]
-    noisy = (values + gumbel(keys, ids)).masked_fill(~kept, -torch.inf)
+    noisy = (values + gumbel(keys, ids if token_ids is None else token_ids[ids])).masked_fill(~kept, -torch.inf)
     return torch.full_like(scores, -torch.inf).scatter_(1, ids, noisy)
 
 

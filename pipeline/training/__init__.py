@@ -1,1 +1,1 @@
-"""Training of draft heads: features of the target, the unrolled loss, batches. Knows nothing of files or clusters."""
+"""Training of draft heads: features of the target, the unrolled loss, batches. Knows nothing of jobs or clusters."""

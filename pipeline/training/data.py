@@ -20,35 +20,52 @@ class Example:
     num_prompt: int
 
 
-def batch_of(examples: Sequence[Example], number: int, batch_size: int, length: int, seed: int) -> list[Example]:
-    """Batch `number` of an endless shuffled stream; each epoch has every example once, but for a rest.
+class Batches:
+    """An endless shuffled stream of batches that a seed and a number decide.
 
-    Longer sequences keep their end; to keep padding small, a batch is taken from a run of sequences of like length.
+    Each epoch has every example once, but for a random rest that fills no batch. Longer sequences keep their end; to
+    keep padding small, a batch holds sequences of like length.
     """
-    a_epoch = max(len(examples) // batch_size, 1)
-    epoch, place = divmod(number, a_epoch)
-    random = np.random.default_rng([seed, epoch])
-    order = random.permutation(len(examples))
-    lengths = np.array([min(len(examples[i].tokens), length) for i in order])
-    pools = np.array_split(order[np.argsort(lengths, kind="stable")], a_epoch)
-    pool = pools[random.permutation(a_epoch)[place]]
-    return [examples[i] for i in pool[:batch_size]]
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, length: int, seed: int) -> None:
+        self._examples = examples
+        self._lengths = np.array([min(len(example.tokens), length) for example in examples])
+        self._batch_size = min(batch_size, len(examples))
+        self._seed = seed
+        self._epoch = -1
+        self._batches = np.empty((0, batch_size), np.int64)
+
+    def __getitem__(self, number: int) -> list[Example]:
+        an_epoch = len(self._examples) // self._batch_size
+        epoch, place = divmod(number, an_epoch)
+        if epoch != self._epoch:
+            random = np.random.default_rng([self._seed, epoch])
+            chosen = random.permutation(len(self._examples))[: an_epoch * self._batch_size]
+            order = chosen[np.argsort(self._lengths[chosen], kind="stable")]
+            self._batches = random.permutation(order.reshape(an_epoch, self._batch_size))
+            self._epoch = epoch
+        return [self._examples[i] for i in self._batches[place]]
+
+
+def span(example: Example, length: int) -> tuple[int, int]:
+    """How many tokens of a sequence are kept, at most `length`, and the first of them that belongs to the output."""
+    kept = min(len(example.tokens), length)
+    return kept, max(example.num_prompt - (len(example.tokens) - kept), 1)
 
 
 def padded(examples: Sequence[Example], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] int64, padded with 0 behind, T at most `length`; and weights [B, T] float32.
+    """Token ids [B, T] int64, padded with 0 behind, T at most `length`; and places [N, 2] int64, sequence and place.
 
-    A place has weight 1 if the token after it belongs to the output.
+    The places are those that a token of the output follows.
     """
     width = min(max(len(example.tokens) for example in examples), length)
     token_ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    weights = torch.zeros(len(examples), width)
+    follows = torch.zeros(len(examples), width, dtype=torch.bool)
     for row, example in enumerate(examples):
-        kept = example.tokens[-width:]
-        first = max(example.num_prompt - (len(example.tokens) - len(kept)), 1)
-        token_ids[row, : len(kept)] = torch.from_numpy(kept.astype(np.int64))
-        weights[row, first - 1 : len(kept) - 1] = 1.0
-    return token_ids, weights
+        kept, first = span(example, length)
+        token_ids[row, :kept] = torch.from_numpy(example.tokens[-kept:].astype(np.int64))
+        follows[row, first - 1 : kept - 1] = True
+    return token_ids, follows.nonzero()
 
 
 def frequent_tokens(examples: Sequence[Example], vocab_size: int, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import pytest
 
 from datastore import Datastore
 from jobs.commit import read_commits
+from pipeline.head_files import is_head
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -109,6 +110,16 @@ def test_submitted_build_makes_a_datastore(tmp_path: Path, head: dict[str, str])
     opened = Datastore.open(store)
     document = opened.segments[0].segment.document(0)
     assert opened.lookup([document[:5]]).match_lengths.tolist() == [5]
+
+
+def test_submitted_training_makes_a_head(tmp_path: Path, prompts: Path, head: dict[str, str]) -> None:
+    output = tmp_path / "head"
+    words = ["--model", "smollm2-135m", "--prompts", str(prompts), "--output", str(output), "--max-new-tokens", "12"]
+    words += ["--draft-vocab", "64", "--rank", "0", "--epochs", "1", "--batch-size", "2", "--unroll", "2"]
+    done = submit(head, "jobs.train_draft", words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"state": "done", "steps": 4, "sequences": 7' in done.stdout
+    assert is_head(str(output))
 
 
 @pytest.mark.chaos

@@ -20,8 +20,8 @@ from pipeline.head_files import is_head, load_head, new_head, save_head
 from pipeline.methods import Proposers
 from pipeline.request import Generation, Request, SamplingParams
 from pipeline.target import Target
-from pipeline.training.data import Example, batch_of, frequent_tokens, padded
-from pipeline.training.trainer import Teacher, Trainer, TrainOptions
+from pipeline.training.data import Example
+from pipeline.training.teacher import Teacher
 from pipeline.training.unrolled import unrolled
 from tests.models import VOCABULARY, tiny_model
 from tests.pipeline.test_engine_architectures import (
@@ -97,7 +97,7 @@ def test_running_out_of_pages_and_shared_prefixes_change_nothing(num_common: int
 
 
 class Recorder:
-    """A head that remembers the logits it gave."""
+    """A head that remembers its layer's outputs."""
 
     def __init__(self, head: DraftHead) -> None:
         self._head = head
@@ -106,22 +106,22 @@ class Recorder:
     def __getattr__(self, name: str) -> object:
         return getattr(self._head, name)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.seen.append(self._head.logits(hidden))
+    def close(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self._head.close(residual, attended))
         return self.seen[-1]
 
 
-def unrolled_choices(head: DraftHead, tokens: list[int], steps: int) -> list[int]:
+def unrolled_choices(head: DraftHead, tokens: list[int], num_prompt: int, steps: int) -> list[int]:
     """The chain that training's unrolled steps draft from the end of `tokens`, by rerunning them with each choice."""
     chain: list[int] = []
     for step in range(steps):
         known = [*tokens, *chain]
-        example = Example(np.array(known, np.int32), 1)
-        teacher = Teacher(tiny_model("llama"), head)
-        batch = teacher.batch([example], 512)
+        example = Example(np.array(known, np.int32), num_prompt)
+        teacher = Teacher(tiny_model("llama"), head, 512)
+        batch = teacher.batch([example])
         recorder = Recorder(head)
         unrolled(recorder, batch, step + 1)  # type: ignore[arg-type]
-        chain.append(int(head.token_ids[recorder.seen[-1][0, -1].argmax()]))
+        chain.append(int(head.token_ids[head.logits(recorder.seen[-1][0, -1]).argmax()]))
     return chain
 
 
@@ -145,7 +145,8 @@ def test_drafting_does_what_training_unrolls() -> None:
     while engine.has_work:
         engine.step()
     for tokens, drafted in seen:
-        assert drafted == unrolled_choices(head, tokens, len(drafted))
+        for num_prompt in (1, len(prompt)):
+            assert drafted == unrolled_choices(head, tokens, num_prompt, len(drafted))
         checked += len(drafted)
     assert checked > 40
 
@@ -177,64 +178,21 @@ def test_a_head_on_disk_is_the_same_head_and_belongs_to_its_target(tmp_path: Pat
         load_head(tmp_path / "head", model, "target")
 
 
-def examples_of(count: int) -> list[Example]:
-    """Prompts with the tiny target's own outputs."""
-    model = tiny_model("llama")
-    prompts = prompts_for(21, count)
-    return [Example(np.array([*prompt, *generate(model, prompt, 24)], np.int32), len(prompt)) for prompt in prompts]
-
-
-def trainer_of(examples: list[Example], steps: int) -> Trainer:
-    model = tiny_model("llama")
-    config = HeadConfig.for_target(model, "target", VOCABULARY, 4)
-    torch.manual_seed(0)
-    head = new_head(model, config, torch.arange(VOCABULARY))
-    options = TrainOptions(steps=steps, batch_size=4, length=64, learning_rate=3e-3, warmup=5, unroll=3)
-    return Trainer(head, model, examples, options)
-
-
-def test_training_learns_and_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    examples = examples_of(8)
-    trainer = trainer_of(examples, 60)
-    before = trainer.evaluate(examples)
-    for _ in range(30):
-        trainer.train_step()
-    trainer.save(tmp_path / "checkpoint.pt")
-    resumed = trainer_of(examples, 60)
-    resumed.load(tmp_path / "checkpoint.pt")
-    while not trainer.is_done:
-        assert trainer.train_step() == resumed.train_step()
-    after = trainer.evaluate(examples)
-    assert resumed.is_done and after == resumed.evaluate(examples)
-    assert all(a < b - 0.3 for a, b in zip(after.loss, before.loss, strict=True)), (before, after)
-    assert all(a > b for a, b in zip(after.accuracy, before.accuracy, strict=True)), (before, after)
-
-
-def test_only_places_before_output_tokens_count() -> None:
-    examples = [Example(np.arange(10, dtype=np.int32), 4), Example(np.arange(20, dtype=np.int32), 15)]
-    token_ids, weights = padded(examples, 12)
-    assert token_ids[0].tolist() == [*range(10), 0, 0]
-    assert weights[0].tolist() == [0.0] * 3 + [1.0] * 6 + [0.0] * 3
-    assert token_ids[1].tolist() == list(range(8, 20))
-    assert weights[1].tolist() == [0.0] * 6 + [1.0] * 5 + [0.0]
-
-
-def test_every_epoch_has_every_example_once() -> None:
-    examples = [Example(np.full(length, 7, np.int32), 1) for length in range(2, 26)]
-    for epoch in range(2):
-        numbers = range(6 * epoch, 6 * epoch + 6)
-        lengths = sorted(len(e.tokens) for n in numbers for e in batch_of(examples, n, 4, 64, seed=5))
-        assert lengths == list(range(2, 26))
-
-
-def test_the_draft_vocabulary_is_what_outputs_use_most() -> None:
-    examples = [Example(np.array([1, 1, 1, 5, 5, 9, 3], np.int32), 3)]
-    assert frequent_tokens(examples, 12, 3).tolist() == [3, 5, 9]
-    assert frequent_tokens(examples, 12, 1).tolist() == [5]
-
-
 def test_the_untrained_head_stays_within_its_size() -> None:
     config = dataclasses.replace(head_for("llama").config, rank=0)
     head = new_head(tiny_model("llama"), config, torch.arange(96))
     assert head.narrow is None
     assert head.logits(torch.zeros(2, 32)).shape == (2, 96)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi"])
+def test_a_head_starts_from_the_scale_of_its_targets_last_norm(architecture: str) -> None:
+    model = tiny_model(architecture)
+    config = HeadConfig.for_target(model, "target", VOCABULARY, 0)
+    states = torch.randn(5, config.hidden_size)
+    states -= states.mean(dim=-1, keepdim=True)  # where a LayerNorm and an RMSNorm are alike
+    norm = getattr(model.get_decoder(), "norm", None) or model.get_decoder().final_layernorm
+    with torch.no_grad():
+        expected = norm(states) - norm(torch.zeros_like(states))
+        got = new_head(model, config, torch.arange(VOCABULARY)).output_norm(states)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -281,3 +281,14 @@ def test_nodes_at_one_depth_share_their_noise_key() -> None:
     rows = slot_of([1, 2], [3], params).choice_rows(TokenTree.of([4, 5, 6, 7], [-1, -1, 0, 1], "context"))
     assert [row.key for row in rows] == [position_key(5, 3 + depth) for depth in (0, 1, 1, 2, 2)]
     assert all(row.seen is None for row in rows)
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 7}, {"top_p": 0.8}, {"top_k": 300, "min_p": 0.01}])
+def test_some_tokens_alone_are_chosen_as_if_the_others_were_impossible(params: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ids = torch.sort(torch.randperm(2000)[:400]).values
+    some = torch.randn(6, 400)
+    logits = torch.full((6, 2000), -torch.inf)
+    logits[:, ids] = some
+    rows = [ChoiceRow(SamplingParams(temperature=0.9, **params), key) for key in range(6)]
+    assert torch.equal(perturbed_scores(some, rows, ids), perturbed_scores(logits, rows)[:, ids])
