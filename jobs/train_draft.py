@@ -71,14 +71,16 @@ def train(config: TrainConfig) -> int:
         output.mkdir(parents=True, exist_ok=True)
     if config.prompts and (code := generate(_answers(config), ModelBackend())):
         return code
-    with Lease(output), StopSignals() as signals:
+    signals = StopSignals()
+    with Lease(output):
         if config.num_workers > 1:
             from jobs.train_workers import run_workers  # Ray Train takes seconds to import
 
             record = run_workers(config, began, signals)
         else:
             device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-            record = run(config, began, lambda: signals.received is not None, device)
+            with signals:
+                record = run(config, began, lambda: signals.received is not None, device)
     if signals.received is not None:
         log.warning("stopped by %s; the same command resumes", signals.received)
     finish(config, record)

@@ -2,9 +2,9 @@
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 def run_workers(config: TrainConfig, began: float, signals: StopSignals) -> dict[str, Any]:
     """See `jobs.head_training.run`; the output has to be on storage that all nodes see.
 
+    Args:
+        signals: entered here, behind Ray's start, which sets handlers of its own.
+
     Raises:
         JobError: a worker failed; the checkpoint stays.
         ConfigError: the cluster has no room for so many workers.
@@ -39,7 +42,6 @@ def run_workers(config: TrainConfig, began: float, signals: StopSignals) -> dict
     flag, record = output / "_stop", output / "_record.json"
     flag.unlink(missing_ok=True)
     record.unlink(missing_ok=True)
-    failures: list[Exception] = []
     with connected(config.ray_address) as nodes:
         trainer = TorchTrainer(
             _worker,
@@ -53,26 +55,20 @@ def run_workers(config: TrainConfig, began: float, signals: StopSignals) -> dict
             run_config=RunConfig(name="workers", storage_path=str(output / "ray")),
         )
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except Exception as error:  # noqa: BLE001 - raised by the main thread
-                failures.append(error)
-
         # Not on the main thread, where Ray Train would take SIGINT for itself.
-        thread = threading.Thread(target=fit, name="train")
-        thread.start()
-        shown = len(read_curve(output / CURVE))
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            if signals.received is not None:
-                flag.touch()
-            for line in read_curve(output / CURVE)[shown:]:
-                log.info("%s", described(line))
-                shown += 1
+        with ThreadPoolExecutor(1, "train") as pool, signals:
+            fitting = pool.submit(trainer.fit)
+            shown = len(read_curve(output / CURVE))
+            while not fitting.done():
+                wait([fitting], _POLL_SECONDS)
+                if signals.received is not None:
+                    flag.touch()
+                for line in read_curve(output / CURVE)[shown:]:
+                    log.info("%s", described(line))
+                    shown += 1
     flag.unlink(missing_ok=True)
-    if failures:
-        raise _understood(failures[0])
+    if (failure := fitting.exception()) is not None:
+        raise _understood(failure)
     found = read_json(record)
     if found is None:
         raise JobError("training ended without a result; see Ray's logs. The same command goes on from the checkpoint.")
@@ -80,7 +76,7 @@ def run_workers(config: TrainConfig, began: float, signals: StopSignals) -> dict
     return found
 
 
-def _understood(failure: Exception) -> Exception:
+def _understood(failure: BaseException) -> BaseException:
     """What a worker refused, as itself; anything else as JobError."""
     for cause in getattr(failure, "worker_failures", {}).values():
         cause = getattr(cause, "cause", cause)

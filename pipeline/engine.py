@@ -17,14 +17,14 @@ from pipeline.errors import RowError
 from pipeline.methods import Proposers
 from pipeline.packing import Run
 from pipeline.pages import PagePool, pool_index
-from pipeline.proposal import Committed, FeatureDrafter, SlotView
+from pipeline.proposal import Committed, Draft, FeatureDrafter, SlotView
 from pipeline.request import Generation, Request
 from pipeline.sampling import Choices, choose
 from pipeline.scheduler import Scheduler, Work
 from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
-from pipeline.tree import TokenTree, fuse
+from pipeline.tree import EMPTY_TREE, TokenTree, fuse
 from pipeline.verify import walk
 
 
@@ -73,6 +73,7 @@ class Engine:
         self._drafter = proposers.drafter
         self._reader = proposers.drafter if isinstance(proposers.drafter, FeatureDrafter) else None
         self._retrievers = proposers.retrievers
+        self._rule = proposers.rule
         self._acceptance = acceptance
         self._config = config
         self._times = times
@@ -132,13 +133,26 @@ class Engine:
         views = [self._view(slot) for slot in decoding]
         for retriever in self._retrievers:
             retriever.send(views)
-        draft = self._drafter.draft(views)
-        retrieved = [retriever.lookup(views) for retriever in self._retrievers]
-        fused = [fuse(trees) for trees in zip(draft.trees, *retrieved, strict=True)]
-        trees = select(fused, self._config.budget, self._times, self._scheduler.prefill_rows())
+        trees = select(self._propose(views), self._config.budget, self._times, self._scheduler.prefill_rows())
         work = self._scheduler.plan({slot.number: tree for slot, tree in zip(decoding, trees, strict=True)})
         forward, choices = self._verify(work)
         return self._commit(work, forward, choices)
+
+    def _propose(self, views: Sequence[SlotView]) -> list[TokenTree]:
+        """What the method's rule makes of a draft and of what was retrieved, one tree a view."""
+        if not self._rule.looks_first:
+            draft = self._drafter.draft(views)
+            return self._rule.join(draft, self._retrieve(views))
+        retrieved = self._retrieve(views)
+        wanting = [index for index, tree in enumerate(retrieved) if self._rule.wants_draft(tree)]
+        drafted = self._drafter.draft([views[index] for index in wanting]).trees
+        trees = dict(zip(wanting, drafted, strict=True))
+        return self._rule.join(Draft([trees.get(index, EMPTY_TREE) for index in range(len(views))]), retrieved)
+
+    def _retrieve(self, views: Sequence[SlotView]) -> list[TokenTree]:
+        """All that the retrievers found, one tree a view."""
+        found = [retriever.lookup(views) for retriever in self._retrievers]
+        return [fuse(trees) for trees in zip(*found, strict=True)] if found else [EMPTY_TREE] * len(views)
 
     def _view(self, slot: Slot) -> SlotView:
         max_depth = slot.stop.max_new_tokens - slot.num_output - 1

@@ -1,12 +1,13 @@
 """Methods by name: which drafter and which retrievers work together. Named configurations, not code paths."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.context import ContextRetriever
 from pipeline.errors import ConfigError
 from pipeline.proposal import Drafter, NullDrafter, Retriever
+from pipeline.rules import FixedPruning, FuseAll, Rule, Switch
 from pipeline.search import Searcher, SearchRetriever
 
 # Sources that need more than the request, and the option that provides them.
@@ -22,12 +23,14 @@ class Method:
         summary: one line for help texts.
         sources: who proposes, see `pipeline.tree.SOURCES`.
         lacks: those of its sources that this job does not have.
+        rule: how draft and retrieved trees are joined.
     """
 
     name: str
     summary: str
     sources: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    rule: Rule = FuseAll()  # noqa: RUF009 - it has no state
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -44,6 +47,7 @@ class Proposers:
 
     drafter: Drafter
     retrievers: tuple[Retriever, ...]
+    rule: Rule = FuseAll()  # noqa: RUF009 - it has no state
 
 
 METHODS = {
@@ -58,6 +62,18 @@ METHODS = {
             ("context", "passages", "corpus", "live"),
         ),
         Method("draft", "trees of a draft model", ("draft",)),
+        Method(
+            "switch",
+            "SAM-Decoding's rule: a chain of what followed a match of 5 tokens or more, else the draft model's tree",
+            ("draft", "context", "corpus"),
+            rule=Switch(),
+        ),
+        Method(
+            "rasd-fixed",
+            "RASD as published: what all sources propose, pruned by the draft model, fused with its tree",
+            ("draft", "context", "passages", "corpus", "live"),
+            rule=FixedPruning(),
+        ),
     )
 }
 
@@ -81,7 +97,7 @@ def build(
         retrievers.append(ContextRetriever(acceptance))
     if searchers:
         retrievers.append(SearchRetriever(searchers, acceptance, vocab_size))
-    return Proposers(drafter or NullDrafter(), tuple(retrievers))
+    return Proposers(drafter or NullDrafter(), tuple(retrievers), method.rule)
 
 
 def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> Method:
@@ -93,11 +109,12 @@ def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> M
     Raises:
         ConfigError: there is none of that name, or the job has nothing for it to search.
     """
-    best = "draft" if "draft" in provided else "retrieval"
+    best = "draft" if "draft" in provided and "corpus" not in provided else "retrieval"
     chosen = METHODS.get(best if name == "auto" else name)
     if chosen is None:
         raise ConfigError(f"--method is {name!r}; it must be auto or one of {', '.join(METHODS)}.")
     lacks = tuple(source for source in chosen.sources if source in PROVIDED_BY and source not in provided)
     if lacks and lacks == chosen.sources:
         raise ConfigError(f"--method is {name!r}, which needs {PROVIDED_BY[lacks[0]]}; give it, or choose another.")
-    return Method(chosen.name, chosen.summary, tuple(s for s in chosen.sources if s not in lacks), lacks)
+    sources = tuple(source for source in chosen.sources if source not in lacks)
+    return replace(chosen, sources=sources, lacks=lacks)

@@ -78,6 +78,8 @@ def test_a_killed_training_goes_on_and_its_head_drafts_for_generate(
     assert texts[0].to_pylist() == texts[1].to_pylist()
 
 
+# Ray Data, which Ray Train imports, warns of defaults of its own.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_workers_go_on_with_a_head_from_given_answers_and_documents(
     tmp_path: Path, prompts: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,9 +100,22 @@ def test_workers_go_on_with_a_head_from_given_answers_and_documents(
     second = ["--output", str(tmp_path / "second"), "--epochs", "3", "--initial", str(tmp_path / "first")]
     assert main(["train-draft", *model, *shape, *data, *second, "--num-workers", "2"]) == 0
     continued = record_of(capsys.readouterr().out)
-    assert continued["state"] == "done" and continued["steps"] == 16
+    assert continued["state"] == "done" and continued["steps"] == 17
     assert continued["loss"][0] < record["loss"][0]
     assert json.loads((tmp_path / "second" / "head.json").read_text())["draft_vocab_size"] == 300
+    third = ["--output", str(tmp_path / "third"), "--epochs", "400", "--evaluate-every", "5", "--num-workers", "2"]
+    command = [sys.executable, "-m", "jobs.cli", "train-draft", *model, *shape, *data, *third]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "third" / "curve.jsonl").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    steps = record_of(printed)["steps"]
+    assert record_of(printed)["state"] == "stopped" and 5 <= steps < 2000
+    assert json.loads((tmp_path / "third" / "curve.jsonl").read_text().splitlines()[-1])["step"] == steps
 
 
 def test_answers_must_be_the_targets_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.reference import first_mismatch, generate
 from pipeline.assemble import EngineOptions, build_engine
+from pipeline.head import DraftHead
+from pipeline.head_files import load_head, read_config, shipped_head
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, resolve_model
 from pipeline.noise import row_seed
@@ -41,13 +43,25 @@ def run(
     loaded: Loaded, prompts: list[tuple[int, ...]], params: SamplingParams, method: str, slots: int
 ) -> list[Generation]:
     model = load_causal_lm(resolve_model("smollm2-135m"), loaded[0].dtype, "cpu")
-    engine = build_engine(model, loaded[1], method_named(method), EngineOptions(num_slots=slots, max_context=2048))
+    options = EngineOptions(num_slots=slots, max_context=2048)
+    draft = shipped(model) if method == "draft" else None
+    engine = build_engine(model, loaded[1], method_named(method), options, draft=draft)
     order = range(len(prompts)) if slots == 1 else reversed(range(len(prompts)))
     requests = [Request(i, prompts[i], params, row_seed(0, i, 0)) for i in order]
     return sorted(engine.generate(requests), key=lambda generation: generation.request_id)
 
 
-@pytest.mark.parametrize(("method", "slots"), [("plain", 1), ("plain", 4), ("context", 1), ("context", 16)])
+def shipped(model: PreTrainedModel) -> DraftHead:
+    target = resolve_model("smollm2-135m").hash
+    head = shipped_head(target)
+    assert head is not None
+    return load_head(head, model, target)
+
+
+@pytest.mark.parametrize(
+    ("method", "slots"),
+    [("plain", 1), ("plain", 4), ("context", 1), ("context", 16), ("draft", 1), ("draft", 4), ("draft", 16)],
+)
 def test_greedy_output_equals_generate(
     smollm2: Loaded, prompts: list[tuple[int, ...]], expected: list[list[int]], method: str, slots: int
 ) -> None:
@@ -56,18 +70,37 @@ def test_greedy_output_equals_generate(
         mismatch = first_mismatch(smollm2[0], prompt, want, generation.token_ids)
         assert mismatch is None or not mismatch.counts, mismatch
         assert generation.text == smollm2[1].decode(generation.token_ids, skip_special_tokens=True)
-    if method == "context":
+    if method != "plain":
         assert sum(generation.accepted for generation in generations) > 0
 
 
+@pytest.fixture(scope="module")
+def sampled(smollm2: Loaded, prompts: list[tuple[int, ...]]) -> list[Generation]:
+    return run(smollm2, prompts, SAMPLED, "plain", 1)
+
+
+@pytest.mark.parametrize(("method", "slots"), [("context", 4), ("draft", 1), ("draft", 4), ("draft", 16)])
 def test_sampled_output_is_the_same_with_speculation_on_and_off(
-    smollm2: Loaded, prompts: list[tuple[int, ...]]
+    smollm2: Loaded, prompts: list[tuple[int, ...]], sampled: list[Generation], method: str, slots: int
 ) -> None:
-    plain = run(smollm2, prompts, SAMPLED, "plain", 1)
-    drafted = run(smollm2, prompts, SAMPLED, "context", 4)
+    plain, drafted = sampled, run(smollm2, prompts, SAMPLED, method, slots)
     for i, (prompt, a, b) in enumerate(zip(prompts, plain, drafted, strict=True)):
         mismatch = first_mismatch(smollm2[0], prompt, a.token_ids, b.token_ids, SAMPLED, row_seed(0, i, 0))
         assert mismatch is None or not mismatch.counts, mismatch
+
+
+def test_the_shipped_head_drafts_well_and_is_small(smollm2: Loaded, prompts: list[tuple[int, ...]]) -> None:
+    head = shipped_head(resolve_model("smollm2-135m").hash)
+    assert head is not None
+    assert sum(path.stat().st_size for path in head.iterdir()) <= 12_000_000
+    assert read_config(head).draft_vocab_size >= 8000
+    model = load_causal_lm(resolve_model("smollm2-135m"), smollm2[0].dtype, "cpu")
+    options = EngineOptions(num_slots=4, max_context=2048, budget=32)
+    engine = build_engine(model, smollm2[1], method_named("draft"), options, draft=shipped(model))
+    done = list(engine.generate([Request(i, prompt, GREEDY) for i, prompt in enumerate(prompts)]))
+    tau = sum(len(g.token_ids) - 1 for g in done) / sum(g.rounds for g in done)
+    assert tau > 1.7
+    assert shipped_head("0" * 64) is None
 
 
 def test_a_stop_string_ends_the_output_and_is_cut_off(
