@@ -117,8 +117,8 @@ def logprobs_at_roots(
     return uniform
 
 
-def over_vocabulary(logprobs: torch.Tensor, token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[S, D] over a draft vocabulary [D] int64 as [S, vocab_size]; -inf for tokens outside it."""
-    whole = logprobs.new_full((len(logprobs), vocab_size), -torch.inf)
-    whole[:, token_ids] = logprobs
+def over_vocabulary(logits: torch.Tensor, token_ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[M, D] over a draft vocabulary [D] int64 as [M, vocab_size]; -inf for tokens outside it."""
+    whole = logits.new_full((len(logits), vocab_size), -torch.inf)
+    whole[:, token_ids] = logits
     return whole

@@ -96,8 +96,8 @@ class HeadDrafter:
                 new = hidden[begin : begin + growth.num_rows]
                 outputs[index] = torch.cat([outputs[index], new]) if level else new
             if level == 0:
-                drafted = logprobs_at_roots(logits, begins, list(working), len(views))
-                root_logprobs = over_vocabulary(drafted, self._head.token_ids, self._head.config.vocab_size)
+                whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
+                root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
             grow(list(working.values()), logits, begins, self._options, self._head.token_ids)
         grown = {index: growth.tree.tree(self._options.num_nodes) for index, growth in growths.items()}
         return Draft([grown.get(index, EMPTY_TREE) for index in range(len(views))], root_logprobs)

@@ -151,6 +151,26 @@ def test_drafting_does_what_training_unrolls() -> None:
     assert checked > 40
 
 
+def test_the_root_distribution_is_uniform_where_the_head_saw_nothing() -> None:
+    head = head_for("llama", draft_vocab=96)
+    engine = engine_with("llama", head, 2, CHAIN)
+    engine.submit(Request(0, prompts_for(11, 1)[0], SamplingParams(max_new_tokens=8)))
+    drafter, seen = engine._drafter, []
+    original = drafter.draft
+
+    def with_an_unknown_slot(views):  # type: ignore[no-untyped-def]
+        if views:
+            seen.append(original([*views, dataclasses.replace(views[0], slot=1)]))
+        return original(views)
+
+    drafter.draft = with_an_unknown_slot  # type: ignore[method-assign]
+    while engine.has_work:
+        engine.step()
+    known, unknown = seen[0].root_logprobs.exp()
+    assert len(seen[0].trees[1]) == 0 and unknown.tolist() == pytest.approx([1 / VOCABULARY] * VOCABULARY)
+    assert known.sum().item() == pytest.approx(1.0) and int((known > 0).sum()) <= 96
+
+
 def test_states_are_those_of_the_layers() -> None:
     model = tiny_model("qwen3")
     tap = FeatureTap(model, (0, 2, 3))
