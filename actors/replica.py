@@ -183,13 +183,15 @@ class Replica:
     def _draft(self, model: PreTrainedModel, target: str) -> PreTrainedModel | DraftHead:
         """The draft model, or the head trained for this target."""
         name = self._config.draft
-        head = Path(name) if name is not None else shipped_head(target)
-        if head is None:
-            raise ModelError(
-                f"No draft head for {self._config.model} comes with rasd on {platform.node()}; give --draft."
-            )
-        if name is None or is_head(name):
+        if name is None:
+            head = shipped_head(target)
+            if head is None:
+                raise ModelError(
+                    f"No draft head for {self._config.model} comes with rasd on {platform.node()}; give --draft."
+                )
             return load_head(head, model, target)
+        if is_head(name):
+            return load_head(Path(name), model, target)
         trusted = self._config.trust_remote_code
         return load_causal_lm(resolve_model(name), model.dtype, model.device, trust_remote_code=trusted)
 

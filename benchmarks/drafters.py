@@ -65,20 +65,23 @@ def main() -> None:
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     entries = {name: e for name, e in _entries(options).items() if not options.only or name in options.only}
+    tokenizer = load_tokenizer(resolve_model(options.model))
+    prompts = load_prompts(options.prompts, tokenizer, options.per_task, skip=options.skip)
     runs: dict[str, Any] = {}
     for temperature in options.temperatures:
         for name, entry in entries.items():
             if temperature == 0.0 and not entry.is_coupled:
                 continue  # the same thing
             key = f"{name} T={temperature:g}"
-            runs[key] = _measure(options, entry, temperature, options.budget)
+            runs[key] = _measure(options, prompts, entry, temperature, options.budget)
             if entry.sources == ("draft",):
-                single = _measure(options, entry, temperature, 1)
+                single = _measure(options, prompts, entry, temperature, 1)
                 runs[key] |= {"top1": single["acceptance"], "top1_by_task": single["acceptance_by_task"]}
             print(key, runs[key], file=sys.stderr)
     results = {"budget": options.budget, "slots": options.slots, "dtype": options.dtype, "runs": runs}
     if options.heads:
-        results["steps"] = {name: _steps(options, entry) for name, entry in entries.items() if name.startswith("head")}
+        heads = {name: entry for name, entry in entries.items() if name.startswith("head") and entry.is_coupled}
+        results["steps"] = {name: _steps(options, entry) for name, entry in heads.items()}
     report(results, options.output)
 
 
@@ -122,10 +125,7 @@ def _engine(options: Any, entry: Entry, budget: int, slots: int, drafting: Draft
     return build_engine(loaded, tokenizer, method, engine_options, draft=entry.draft(loaded))
 
 
-def _measure(options: Any, entry: Entry, temperature: float, budget: int) -> dict[str, Any]:
-    prompts = load_prompts(
-        options.prompts, load_tokenizer(resolve_model(options.model)), options.per_task, skip=options.skip
-    )
+def _measure(options: Any, prompts: Sequence[Prompt], entry: Entry, temperature: float, budget: int) -> dict[str, Any]:
     engine = _engine(options, entry, budget, options.slots, DraftOptions(is_coupled=entry.is_coupled))
     params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=temperature)
     list(engine.generate([Request(0, prompts[0].ids, SamplingParams(max_new_tokens=4))]))

@@ -78,37 +78,15 @@ def _makers(documents: list[str], functions: list[str], translations: list[str])
         text = _excerpt(answer, r, 300, 1600)
         if r.random() < 0.5:  # otherwise the same question may ask for what the text does not say
             question = question.rstrip(" ?") + "?"
-        first = r.choice(
-            [
-                "Answer the question from the text.",
-                "Use the text below to answer.",
-                "Read this and answer the question.",
-                "",
-            ]
-        )
+        first = r.choice(WORDS["document_qa"])
         return f"{first}\n\n{text}\n\n{r.choice(['Question: ', 'Q: ', ''])}{question}".strip()
 
     def summary(r: random.Random) -> str:
-        first = r.choice(
-            [
-                "Summarize: ",
-                "Summarise in two sentences.\n\n",
-                "Give a short summary.\n\n",
-                "Summarise this text.\n\n",
-                "TL;DR of: ",
-            ]
-        )
+        first = r.choice(WORDS["summary"])
         return first + _excerpt(r.choice(prose), r, 400, 2200)
 
     def code(r: random.Random) -> str:
-        first = r.choice(
-            [
-                "Complete this Python function.",
-                "Write the body of this function.",
-                "Complete the code. Return only code.",
-                "",
-            ]
-        )
+        first = r.choice(WORDS["code"])
         return f"{first}\n\n```python\n{r.choice(functions)}\n```".strip()
 
     def passages(r: random.Random) -> str:

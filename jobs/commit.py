@@ -19,7 +19,7 @@ from actors.rows import ShardResult, ShardStats
 from jobs.files import create_json, read_json, writing
 from jobs.lease import Lease
 from pipeline.durable import fsync
-from pipeline.errors import JobError
+from pipeline.errors import InputError, JobError
 
 _PART = re.compile(r"part-(\d{6,})\.parquet")
 _DEBRIS = ("_tmp/*", "_commits/*.tmp", "_lease.*.tmp", "plan.json.*.tmp", "report.json.*.tmp")
@@ -143,6 +143,31 @@ def read_commits(output: Path) -> Iterator[tuple[Commit | None, Path]]:
     paths = [path for path in (output / "_commits").glob("*.json") if _COMMIT.fullmatch(path.name)]
     for path in sorted(paths, key=lambda path: int(path.stem)):
         yield _parse(read_json(path)), path
+
+
+def committed_parts(output: Path, name: str) -> Iterator[Path]:
+    """The part files of a job's output in shard order, as another job reads them; of an unfinished job those it has.
+
+    Args:
+        name: of the job, as the user wrote it.
+
+    Raises:
+        InputError: a commit record is damaged, or a part file is not what it says.
+    """
+    commits = list(read_commits(output))
+    num_shards = int((read_json(output / "plan.json") or {}).get("num_shards", 0))
+    if len(commits) < num_shards:
+        log.warning("%s is not finished: %d of %d shards are read", name, len(commits), num_shards)
+    remedy = "Run the job's command again; it makes that shard anew."
+    for commit, path in commits:
+        if commit is None:
+            raise InputError(f"{path} is damaged. {remedy}")
+        part = output / commit.file
+        size = part.stat().st_size if part.is_file() else None
+        if size != commit.bytes:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise InputError(f"{part} {found}, its commit says {commit.bytes:,}. {remedy}")
+        yield part
 
 
 def _parse(record: dict[str, Any] | None) -> Commit | None:

@@ -42,27 +42,31 @@ def has_draft(config: GenerateConfig, facts: ModelFacts) -> bool:
         ModelError: what `--draft` names cannot be resolved or does not fit: a head of another target, a model whose
             token ids mean something else than the target's.
     """
-    name = config.draft
-    if name is None or name == SHIPPED:
-        if name is not None and is_head(name):
+    if config.draft is None:
+        return shipped_head(facts.weights) is not None
+    _check_draft(config.draft, config, facts)
+    return True
+
+
+def _check_draft(name: str, config: GenerateConfig, facts: ModelFacts) -> None:
+    if name == SHIPPED:
+        if is_head(name):
             raise ConfigError(f"--draft is {name!r}, the head that comes with rasd; for the directory write ./{name}.")
-        is_shipped = shipped_head(facts.weights) is not None
-        if name is not None and not is_shipped:
+        if shipped_head(facts.weights) is None:
             raise ModelError(
-                f"--draft is {SHIPPED!r}, but no head comes with rasd for --model {config.model}. Train one with"
+                f"--draft is {name!r}, but no head comes with rasd for --model {config.model}. Train one with"
                 " `rasd train-draft` and give its directory, or name a draft model."
             )
-        return is_shipped
+        return
     if is_head(name):
         check_target(Path(name).expanduser(), facts.weights)
-        return True
+        return
     tokenizer = load_tokenizer(resolve_model(name), trust_remote_code=config.trust_remote_code)
-    if (other := tokenizer_hash(tokenizer)) != facts.tokenizer:
+    if (found := tokenizer_hash(tokenizer)) != facts.tokenizer:
         raise ModelError(
-            f"--draft {name} has tokenizer {other[:16]}, --model {config.model} has {facts.tokenizer[:16]}; a draft"
+            f"--draft {name} has tokenizer {found[:16]}, --model {config.model} has {facts.tokenizer[:16]}; a draft"
             " model must have the target's. Choose one of the same family."
         )
-    return True
 
 
 def vocab_size(config: GenerateConfig) -> int:

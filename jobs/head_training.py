@@ -36,6 +36,7 @@ _FIXED = (
     *("held_out", "corpus_tokens"),
 )
 
+CHECKPOINT = "checkpoint.pt"
 _HALF = 2  # bytes
 
 log = logging.getLogger(__name__)
@@ -144,13 +145,16 @@ def _trainer(
         seed=config.seed,
         is_mixed=config.dtype == "bfloat16",
     )
-    cache = _cache(config, output, [*held_out, *examples], model) if config.cache else None
-    trainer = Trainer(head, model, examples, options, cache)
     fixed = {name: getattr(config, name) for name in _FIXED}
     initial = None if config.initial is None else files_sha256([Path(config.initial) / WEIGHTS])
     data = sum(int(zlib.crc32(example.tokens.tobytes())) for example in (*examples, *held_out))
     fixed |= {"target": resolved.hash, "initial head": initial, "answers and documents": data}
-    _resume(trainer, output, fixed)
+    goes_on = _is_begun(output, fixed)  # another course is refused before gigabytes are reserved
+    cache = _cache(config, output, [*held_out, *examples], model) if config.cache else None
+    trainer = Trainer(head, model, examples, options, cache)
+    if goes_on:
+        trainer.load(output / CHECKPOINT)
+        log.info("going on from step %d", trainer.step)
     return trainer
 
 
@@ -162,7 +166,6 @@ def _cache(
         log.info("no cache of the target's states: it takes a --dtype of 16 bits")
         return None
     width = NUM_DEPTHS * int(model.config.get_text_config().hidden_size)
-
     directory = output / "cache" / platform.node()
 
     def opened(is_new: bool) -> LessonCache:
@@ -174,20 +177,24 @@ def _cache(
     return cache or opened(False)
 
 
-def _resume(trainer: Trainer, output: Path, fixed: dict[str, Any]) -> None:
-    recorded, checkpoint = read_json(output / "train.json"), output / "checkpoint.pt"
-    if recorded is not None and checkpoint.exists():
-        changed = [key for key in sorted({*recorded, *fixed}) if recorded.get(key) != fixed.get(key)]
-        if changed:
-            lines = "; ".join(f"{key}: {recorded.get(key)} -> {fixed.get(key)}" for key in changed)
-            raise ConfigError(
-                f"--output {output} holds another course of training: {lines}. Restore that or choose another --output."
-            )
-        trainer.load(checkpoint)
-        log.info("going on from step %d", trainer.step)
-        return
-    with writing(output / "train.json"):
-        replace_json(output / "train.json", fixed)
+def _is_begun(output: Path, fixed: dict[str, Any]) -> bool:
+    """Whether there is a checkpoint of this very course of training; if not, the course is written down.
+
+    Raises:
+        ConfigError: there is one of another course.
+    """
+    recorded = read_json(output / "train.json")
+    if recorded is None or not (output / CHECKPOINT).exists():
+        with writing(output / "train.json"):
+            replace_json(output / "train.json", fixed)
+        return False
+    changed = [key for key in sorted({*recorded, *fixed}) if recorded.get(key) != fixed.get(key)]
+    if changed:
+        lines = "; ".join(f"{key}: {recorded.get(key)} -> {fixed.get(key)}" for key in changed)
+        raise ConfigError(
+            f"--output {output} holds another course of training: {lines}. Restore that or choose another --output."
+        )
+    return True
 
 
 def _record(output: Path, trainer: Trainer, seen: Evaluation, evaluation: Evaluation) -> None:
@@ -201,8 +208,8 @@ def _record(output: Path, trainer: Trainer, seen: Evaluation, evaluation: Evalua
     with writing(output / CURVE), (output / CURVE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.info("%s", described(line))
-    with writing(output / "checkpoint.pt"):
-        trainer.save(output / "checkpoint.pt")
+    with writing(output / CHECKPOINT):
+        trainer.save(output / CHECKPOINT)
 
 
 def _card(config: TrainConfig, trainer: Trainer, evaluation: Evaluation) -> str:

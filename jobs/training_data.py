@@ -1,6 +1,5 @@
 """What a head learns from: outputs of generation jobs, their prompts tokenised again, and documents."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from jobs.commit import read_commits
+from jobs.commit import committed_parts
 from jobs.corpus.corpus import open_corpus
 from jobs.corpus.digest_set import DigestSet
 from jobs.corpus.document import TOKEN_ID, Document
@@ -19,8 +18,6 @@ from pipeline.errors import InputError
 from pipeline.models import tokenizer_hash
 from pipeline.prompts import encode_messages, encode_prompt
 from pipeline.training.data import Example
-
-log = logging.getLogger(__name__)
 
 _COLUMNS = ("prompt", "messages", "token_ids", "status")
 _MIN_OUTPUT = 2
@@ -40,7 +37,7 @@ def read_examples(output: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exam
     Raises:
         InputError: a part file or commit record cannot be read.
     """
-    return [example for part in _parts(output) for example in _examples(part, tokenizer)]
+    return [example for part in committed_parts(output, str(output)) for example in _examples(part, tokenizer)]
 
 
 def check_answers(output: Path, target: str) -> None:
@@ -92,17 +89,6 @@ def _token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> np.nda
     if not document.is_text:
         return np.frombuffer(document.content, TOKEN_ID).astype(np.int32)
     return np.array(tokenizer(document.content.decode(), verbose=False)["input_ids"], np.int32)
-
-
-def _parts(output: Path) -> Iterator[Path]:
-    commits = list(read_commits(output))
-    num_shards = int((read_json(output / "plan.json") or {}).get("num_shards", 0))
-    if len(commits) < num_shards:
-        log.warning("%s is not finished: %d of %d shards are read", output, len(commits), num_shards)
-    for commit, path in commits:
-        if commit is None:
-            raise InputError(f"{path} is damaged. Run that job's command again; it makes the shard anew.")
-        yield output / commit.file
 
 
 def _examples(part: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:

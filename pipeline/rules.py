@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Rule(Protocol):
 class FuseAll:
     """All that was proposed, equal paths made one."""
 
-    looks_first = False
+    looks_first: ClassVar[bool] = False
 
     def wants_draft(self, retrieved: TokenTree) -> bool:
         return True
@@ -41,7 +41,7 @@ class FuseAll:
 
 
 @dataclass(frozen=True, slots=True)
-class FixedPruning:
+class FixedPruning(FuseAll):
     """RASD as published (arXiv 2503.03434, section 3.2): the draft model's distribution prunes what was retrieved.
 
     A retrieved tree keeps those of the root's children, with all below them, that are among the draft model's `rank`
@@ -50,16 +50,12 @@ class FixedPruning:
 
     rank: int = 10
     probability: float = 0.05
-    looks_first: bool = False
-
-    def wants_draft(self, retrieved: TokenTree) -> bool:
-        return True
 
     def join(self, draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
         if draft.root_logprobs is not None:
             rows = zip(retrieved, draft.root_logprobs, strict=True)
             retrieved = [self._pruned(tree, logprobs) for tree, logprobs in rows]
-        return FuseAll().join(draft, retrieved)
+        return FuseAll.join(self, draft, retrieved)
 
     def _pruned(self, tree: TokenTree, logprobs: torch.Tensor) -> TokenTree:
         """Args: logprobs: [V]."""
@@ -80,7 +76,7 @@ class Switch:
     """SAM-Decoding (Hu et al., arXiv 2411.10666): a long match drafts a chain, else the draft model drafts its tree."""
 
     match: int = 5
-    looks_first: bool = True
+    looks_first: ClassVar[bool] = True
 
     def wants_draft(self, retrieved: TokenTree) -> bool:
         top = retrieved.parents < 0

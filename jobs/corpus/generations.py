@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from actors.rows import RowFailure
-from jobs.commit import Commit, read_commits
+from jobs.commit import committed_parts
 from jobs.corpus.document import Document, token_document
 from jobs.files import read_json
 from jobs.readers.stream import reading
@@ -47,28 +47,14 @@ class GenerationSource:
                 f"{self.name} was made with another tokenizer: {found}, that of --model is {tokenizer}. Its token ids"
                 " mean other texts; name the model that the job ran with, or give its part files as texts."
             )
-        self._num_shards = int(plan.get("num_shards", 0))
         self._has_samples = int(plan["fingerprint"].get("num_samples", 1)) > 1
 
     def documents(self) -> Iterator[Document | RowFailure]:
         """See `Source.documents`; in the order of the job's rows."""
-        commits = list(read_commits(self._directory))
-        if len(commits) < self._num_shards:
-            log.warning("%s is not finished: %d of %d shards are read", self.name, len(commits), self._num_shards)
-        for commit, path in commits:
-            if commit is None:
-                raise InputError(f"{path} is damaged. Run the job's command again; it makes that shard anew.")
-            yield from self._shard(commit)
+        for part in committed_parts(self._directory, self.name):
+            yield from self._shard(part)
 
-    def _shard(self, commit: Commit) -> Iterator[Document | RowFailure]:
-        part = self._directory / commit.file
-        size = part.stat().st_size if part.is_file() else None
-        if size != commit.bytes:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise InputError(
-                f"{part} {found}, its commit says {commit.bytes:,}. Run the job's command again; it makes that shard"
-                " anew."
-            )
+    def _shard(self, part: Path) -> Iterator[Document | RowFailure]:
         with reading(part), pq.ParquetFile(part) as file:
             for batch in file.iter_batches(_BATCH_ROWS, columns=_COLUMNS, use_threads=False):
                 columns = [batch.column(name).to_pylist() for name in _COLUMNS[:3]]

@@ -81,11 +81,10 @@ class Teacher:
         states = torch.zeros(len(lessons), width, lessons[0].states.shape[1], dtype=lessons[0].states.dtype)
         for row, lesson in enumerate(lessons):
             states[row, width - len(lesson.states) :] = lesson.states
-        taught = (
+        ids, probabilities, best = (
             torch.cat([getattr(lesson, name) for lesson in lessons]).to(device)
             for name in ("ids", "probabilities", "best")
         )
-        ids, probabilities, best = taught
         return Batch(
             token_ids.to(device),
             padding.to(device),

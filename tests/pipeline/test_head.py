@@ -18,7 +18,9 @@ from pipeline.head import DraftHead, HeadConfig
 from pipeline.head_drafter import HeadDrafter
 from pipeline.head_files import is_head, load_head, new_head, save_head
 from pipeline.methods import Proposers
+from pipeline.proposal import Retriever
 from pipeline.request import Generation, Request, SamplingParams
+from pipeline.rules import FuseAll, Rule
 from pipeline.target import Target
 from pipeline.training.data import Example
 from pipeline.training.teacher import Teacher
@@ -51,12 +53,21 @@ def head_for(architecture: str, seed: int = 0, draft_vocab: int = 96) -> DraftHe
     return head.requires_grad_(False)
 
 
-def engine_with(architecture: str, head: DraftHead, slots: int, options: DraftOptions, num_pages: int = 128) -> Engine:
+def engine_with(
+    architecture: str,
+    head: DraftHead,
+    slots: int,
+    options: DraftOptions,
+    num_pages: int = 128,
+    retrievers: tuple[Retriever, ...] = (),
+    rule: Rule | None = None,
+) -> Engine:
     target = Target(tiny_model(architecture), num_pages, PAGE_SIZE)
     target.read_states(head.config.depths)
     drafter = HeadDrafter(head, num_pages, PAGE_SIZE, slots, options)
     config = EngineConfig(num_slots=slots, budget=64, prefill_chunk=16, max_context=512)
-    return Engine(target, NoText(), [2], Proposers(drafter, ()), AcceptanceTable(), config)
+    proposers = Proposers(drafter, retrievers, rule or FuseAll())
+    return Engine(target, NoText(), [2], proposers, AcceptanceTable(), config)
 
 
 def outputs(engine: Engine, requests: list[Request]) -> list[Generation]:
