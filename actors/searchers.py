@@ -40,7 +40,7 @@ class RetrievalConfig:
         tokenizer: hash that the datastore's must equal.
         live_capacity: tokens that a live store keeps.
         num_passages: passages looked up for each prompt.
-        output: the job's output directory, whose committed rows a live store starts from.
+        output: the job's output directory, whose committed rows a live store starts from; None without one.
         services: handles of retrieval services by node id, or one under the empty name; empty if all is in process.
         deadline: seconds that a round may wait for a service.
     """
@@ -51,7 +51,7 @@ class RetrievalConfig:
     tokenizer: str
     live_capacity: int
     num_passages: int
-    output: str
+    output: str | None
     services: Mapping[str, Any]
     deadline: float
 
@@ -85,6 +85,10 @@ class LocalSearcher:
 
     def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
         self._request = contexts, depths
+
+    @property
+    def is_ready(self) -> bool:
+        return True
 
     def receive(self) -> Mapping[str, Lookup]:
         contexts, depths = self._request
@@ -147,6 +151,10 @@ class ServiceSearcher:
                 self._future = self._lookup.remote(context_ends(contexts, CONTEXT_TOKENS), depths, self._sources)
             except RayError as error:
                 self._guard.failed(error, None)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._future is None or bool(ray.wait([self._future], timeout=0)[0])
 
     def receive(self) -> Mapping[str, Lookup]:
         found: Mapping[str, bytes] = {}

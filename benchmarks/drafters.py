@@ -144,9 +144,9 @@ def _steps(options: Any, entry: Entry) -> dict[str, float]:
     drafting = {depth: _engine(options, entry, 1, 1, DraftOptions(depth=depth)) for depth in (1, 5)}
     prompt = tuple(range(1000, 1000 + _STEP_PROMPT))
     times: dict[str, list[float]] = {"target": [], "draft 1": [], "draft 5": []}
-    timed(plain._target, "forward", times["target"])
+    timed(plain.target, "forward", times["target"])
     for depth, engine in drafting.items():
-        timed(engine._drafter, "draft", times[f"draft {depth}"])
+        timed(engine.drafter, "draft", times[f"draft {depth}"])
     engines = [plain, *drafting.values()]
     for engine in engines:
         engine.submit(Request(0, prompt, SamplingParams(max_new_tokens=_STEP_ROUNDS, ignore_eos=True)))

@@ -32,36 +32,52 @@ class AcceptanceTable:
         self._trials = np.zeros_like(self._prior)
         self.rates = self._prior.astype(np.float32)
 
-    def observe(self, tree: TokenTree, accepted: np.ndarray) -> None:
-        """Learns from one verified tree and its accepted nodes ([A] int32, root down)."""
-        _count(tree.parents, tree.matches, tree.sources, accepted, self._hits, self._trials, _DECAY)
+    def observe(self, tree: TokenTree, choices: np.ndarray) -> None:
+        """Learns from one round.
+
+        Args:
+            tree: all that was proposed, verified or not.
+            choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
+        """
+        columns = (tree.tokens, tree.parents, tree.evidence, tree.matches, choices)
+        _count(*columns, self._hits, self._trials, _DECAY)
         estimate = (self._hits + _PRIOR_WEIGHT * self._prior) / (self._trials + _PRIOR_WEIGHT)
         self.rates = estimate.astype(np.float32)
 
 
 @njit(cache=True, nogil=True)
 def _count(
+    tokens: np.ndarray,
     parents: np.ndarray,
+    evidence: np.ndarray,
     matches: np.ndarray,
-    sources: np.ndarray,
-    accepted: np.ndarray,
+    choices: np.ndarray,
     hits: np.ndarray,
     trials: np.ndarray,
     decay: float,
 ) -> None:
-    """One trial for the root and for each accepted node that has children; a hit where one of them was accepted.
-
-    It counts for the source and length of the child with the longest match, the first of equals.
-    """
-    for step in range(len(accepted) + 1):
-        node = accepted[step - 1] if step else -1
-        match, source = -1, 0
+    """One trial for every source that proposed children of the root or of a node on the target's path; a hit where the
+    target chose one of them. It counts for the source's longest match among them."""
+    node = -1
+    for choice in choices:
+        right = -1
+        longest = np.full(evidence.shape[1], -1, np.int64)
         for child in range(node + 1, len(parents)):
-            if parents[child] == node and min(matches[child], MAX_MATCH) > match:
-                match, source = min(matches[child], MAX_MATCH), sources[child]
-        if match >= 0:
-            hits[source, match] = hits[source, match] * decay + (1.0 if step < len(accepted) else 0.0)
-            trials[source, match] = trials[source, match] * decay + 1.0
+            if parents[child] == node:
+                for source in range(evidence.shape[1]):
+                    if evidence[child, source] > 0:
+                        longest[source] = max(longest[source], min(matches[child, source], MAX_MATCH))
+                if tokens[child] == choice:
+                    right = child
+        for source in range(evidence.shape[1]):
+            match = longest[source]
+            if match >= 0:
+                is_hit = right >= 0 and evidence[right, source] > 0
+                hits[source, match] = hits[source, match] * decay + is_hit
+                trials[source, match] = trials[source, match] * decay + 1.0
+        if right < 0:
+            break
+        node = right
 
 
 @njit(cache=True, nogil=True)

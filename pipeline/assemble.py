@@ -19,6 +19,7 @@ from pipeline.head import DraftHead
 from pipeline.head_drafter import HeadDrafter
 from pipeline.methods import Method, build
 from pipeline.model_drafter import ModelDrafter
+from pipeline.pace import Economy
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.proposal import Drafter
@@ -29,7 +30,7 @@ from pipeline.tree import EMPTY_TREE
 PAGE_SIZE = 32
 _CPU_SHARE = 0.25  # of available memory
 _GPU_SHARE = 0.85
-_TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 _MIN_CONTEXT = 16
 _DRAFT_PAGES = 3  # a slot's tree in the draft model's cache, beyond its known tokens
 
@@ -102,7 +103,8 @@ def build_engine(
         max_context=max_context,
     )
     drafter = _drafter(draft, target, num_pages, options)
-    proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter)
+    economy = Economy(times, options.drafting.depth) if times is not None else None
+    proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter, economy)
     return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)
 
 
@@ -142,7 +144,7 @@ def measure_step_times(target: Target) -> StepTimes:
     """Seconds of a verification pass by its number of rows, from passes over an empty cache; a second on a CPU."""
     seconds = []
     room = target.cache.keys.shape[1] * PAGE_SIZE
-    timed = [rows for rows in _TIMED_ROWS if rows <= room]
+    timed = [rows for rows in TIMED_ROWS if rows <= room]
     for rows in timed:
         pages = PageRun(pages=list(range(-(-rows // PAGE_SIZE))))
         run = Run(np.zeros(rows, np.int32), EMPTY_TREE, 0, pages, True)

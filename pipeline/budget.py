@@ -13,6 +13,7 @@ from pipeline.tree import TokenTree, path_values, prune
 
 _GRID = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512])
 _SMOOTHING = 0.05
+_FAR = 0.25  # of what a round teaches about its own size, it teaches about all sizes: longer contexts slow them all
 
 
 class StepTimes:
@@ -33,7 +34,7 @@ class StepTimes:
         """Learns from one round; a round far off the estimate (a paused machine) counts as twice that at most."""
         expected = float(self(np.array([rows]))[0])
         change = _SMOOTHING * (min(seconds, 2 * expected) / expected - 1.0)
-        nearness = np.clip(1.0 - np.abs(np.log2(_GRID / min(rows, _GRID[-1]))), 0.0, 1.0)
+        nearness = np.clip(1.0 - np.abs(np.log2(_GRID / min(rows, _GRID[-1]))), _FAR, 1.0)
         self._seconds = np.maximum.accumulate(self._seconds * (1.0 + change * nearness))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
@@ -44,7 +45,11 @@ class StepTimes:
 
 
 def select(
-    trees: Sequence[TokenTree], budget: int | None, times: StepTimes | None, other_rows: int = 0
+    trees: Sequence[TokenTree],
+    budget: int | None,
+    times: StepTimes | None,
+    other_rows: int = 0,
+    other_seconds: float = 0.0,
 ) -> list[TokenTree]:
     """The nodes of each tree that this round verifies.
 
@@ -53,6 +58,7 @@ def select(
         budget: most nodes of each slot; None maximises expected tokens a second by `times`.
         times: step-time model, needed without a budget.
         other_rows: rows this round computes anyway besides the decoding slots' roots (prefill).
+        other_seconds: what this round takes anyway besides the forward pass (drafting, bookkeeping).
     """
     values = [path_values(tree.parents, tree.scores) for tree in trees]
     if budget is not None:
@@ -65,7 +71,7 @@ def select(
     ranked = joined[order]
     nodes = np.arange(len(ranked) + 1)
     tokens = len(trees) + np.concatenate([[0.0], np.cumsum(ranked)])
-    best = int(np.argmax(tokens / times(other_rows + len(trees) + nodes)))
+    best = int(np.argmax(tokens / (times(other_rows + len(trees) + nodes) + other_seconds)))
     keep = np.zeros(len(ranked), np.bool_)
     keep[order[:best]] = True
     ends = np.cumsum([len(tree) for tree in trees])[:-1]

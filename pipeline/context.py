@@ -72,6 +72,10 @@ class ContextRetriever:
     def release(self, slot: int) -> None:
         del self._slots[slot]
 
+    @property
+    def is_ready(self) -> bool:
+        return True
+
     def send(self, views: Sequence[SlotView]) -> None:
         """Nothing to wait for."""
 
@@ -87,7 +91,7 @@ class ContextRetriever:
         if len(tokens) == 0:
             return EMPTY_TREE
         scores, keep = score(parents, weights, matches, sources, self._acceptance.rates)
-        return prune(TokenTree(tokens, parents, scores, sources, matches), keep)
+        return prune(TokenTree.proposed(tokens, parents, scores, sources, matches), keep)
 
 
 @njit(cache=True, nogil=True)

@@ -5,7 +5,7 @@ clusters.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,19 @@ from pipeline.errors import RowError
 from pipeline.methods import Proposers
 from pipeline.packing import Run
 from pipeline.pages import PagePool, pool_index
-from pipeline.proposal import Committed, Draft, FeatureDrafter, SlotView
+from pipeline.phases import Phases
+from pipeline.proposal import Committed, FeatureDrafter, SlotView
 from pipeline.request import Generation, Request
+from pipeline.retrieval import Retrieval
 from pipeline.sampling import Choices, choose
 from pipeline.scheduler import Scheduler, Work
 from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
-from pipeline.tree import EMPTY_TREE, TokenTree, fuse
+from pipeline.tree import EMPTY_TREE, TokenTree
 from pipeline.verify import walk
+
+_SMOOTHING = 0.1  # of a round in moving averages
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,10 @@ class EngineConfig:
 class Engine:
     """Generates for any number of requests; `step` runs one round.
 
+    Attributes:
+        target, drafter: its models.
+        phases: where the time of its rounds went.
+
     Args:
         target: the model over its KV pool.
         decoder: the target's tokenizer, for text and stop strings.
@@ -55,6 +63,7 @@ class Engine:
         proposers: drafter and retrievers of the method.
         acceptance: what retrieval scores are read from and learned into.
         times: step times for `budget=None`.
+        clock: tells seconds.
     """
 
     def __init__(
@@ -66,11 +75,12 @@ class Engine:
         acceptance: AcceptanceTable,
         config: EngineConfig,
         times: StepTimes | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._target = target
+        self.target = target
         self._decoder = decoder
         self._eos_ids = frozenset(eos_ids)
-        self._drafter = proposers.drafter
+        self.drafter = proposers.drafter
         self._reader = proposers.drafter if isinstance(proposers.drafter, FeatureDrafter) else None
         self._retrievers = proposers.retrievers
         self._rule = proposers.rule
@@ -78,6 +88,11 @@ class Engine:
         self._config = config
         self._times = times
         pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
+        self._proposed: dict[int, TokenTree] = {}  # by slot, this round's candidates
+        self._emitted = 0  # tokens of this round
+        self._overhead = 0.0  # seconds of a round's commit, lately
+        self._clock = clock
+        self.phases = Phases(clock)
         self._scheduler = Scheduler(
             config.num_slots, pool, config.prefill_chunk, proposers.retrievers, proposers.drafter
         )
@@ -106,7 +121,7 @@ class Engine:
                 f"The prompt has {num_prompt} tokens; the context holds {self._config.max_context} with at least one "
                 "output token. Shorten the prompt, or raise --max-context or --kv-memory if the model allows.",
             )
-        vocabulary = self._target.config.vocab_size
+        vocabulary = self.target.config.vocab_size
         if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
             outside = next(token for token in request.prompt_ids if not 0 <= token < vocabulary)
             raise RowError(
@@ -128,31 +143,46 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Generation]:
         """One round over all slots; returns the requests it finished."""
+        begin = self._clock()
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
+        self._proposed = dict(zip([slot.number for slot in decoding], self._propose(decoding), strict=True))
+        with self.phases("select"):
+            trees = self._select(self._clock() - begin)
+            work = self._scheduler.plan(dict(zip(self._proposed, trees, strict=True)))
+        with self.phases("verify"):
+            forward, choices = self._verify(work)
+        with self.phases("commit"):
+            finished = self._commit(work, forward, choices)
+        self._observe_round(work, self._clock() - begin)
+        return finished
+
+    def _propose(self, decoding: Sequence[Slot]) -> list[TokenTree]:
+        """What the method's rule makes of a draft and of what was retrieved, one tree a slot.
+
+        Retrievers in other processes work while the draft model does.
+        """
         views = [self._view(slot) for slot in decoding]
-        for retriever in self._retrievers:
-            retriever.send(views)
-        trees = select(self._propose(views), self._config.budget, self._times, self._scheduler.prefill_rows())
-        work = self._scheduler.plan({slot.number: tree for slot, tree in zip(decoding, trees, strict=True)})
-        forward, choices = self._verify(work)
-        return self._commit(work, forward, choices)
+        with self.phases("retrieve"):
+            retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits)
+        with self.phases("draft"):
+            draft = self.drafter.draft(views, self._rule.pace(views, retrieval))
+        with self.phases("retrieve"):
+            retrieved = retrieval.finish()
+        with self.phases("fuse"):
+            return self._rule.join(views, draft, retrieved)
 
-    def _propose(self, views: Sequence[SlotView]) -> list[TokenTree]:
-        """What the method's rule makes of a draft and of what was retrieved, one tree a view."""
-        if not self._rule.looks_first:
-            draft = self._drafter.draft(views)
-            return self._rule.join(draft, self._retrieve(views))
-        retrieved = self._retrieve(views)
-        wanting = [index for index, tree in enumerate(retrieved) if self._rule.wants_draft(tree)]
-        drafted = self._drafter.draft([views[index] for index in wanting]).trees
-        trees = dict(zip(wanting, drafted, strict=True))
-        return self._rule.join(Draft([trees.get(index, EMPTY_TREE) for index in range(len(views))]), retrieved)
+    def _select(self, spent: float) -> list[TokenTree]:
+        """The nodes that this round verifies, of what was proposed in `spent` seconds."""
+        trees = list(self._proposed.values())
+        rows = self._scheduler.prefill_rows()
+        return select(trees, self._config.budget, self._times, rows, spent + self._overhead)
 
-    def _retrieve(self, views: Sequence[SlotView]) -> list[TokenTree]:
-        """All that the retrievers found, one tree a view."""
-        found = [retriever.lookup(views) for retriever in self._retrievers]
-        return [fuse(trees) for trees in zip(*found, strict=True)] if found else [EMPTY_TREE] * len(views)
+    def _observe_round(self, work: Sequence[Work], seconds: float) -> None:
+        """Learns what a round takes and brings; not from one with prefill."""
+        if self._times is not None and work and all(len(item.run.known) == 1 for item in work):
+            num_rows = sum(len(item.run) for item in work)
+            self._rule.observe_round(num_rows, self._emitted, seconds)
 
     def _view(self, slot: Slot) -> SlotView:
         max_depth = slot.stop.max_new_tokens - slot.num_output - 1
@@ -163,12 +193,12 @@ class Engine:
         copies = self._scheduler.take_copies()
         self._move([copies])
         if self._reader is not None and len(copies[0]):
-            self._reader.copy(*(torch.from_numpy(index).to(self._target.device) for index in copies))
-        begin = time.perf_counter()
-        forward = self._target.forward([item.run for item in work])
+            self._reader.copy(*(torch.from_numpy(index).to(self.target.device) for index in copies))
+        begin = self._clock()
+        forward = self.target.forward([item.run for item in work])
         choices = self._choose(work, forward)
         if self._times is not None and all(len(item.run.known) == 1 for item in work):
-            self._times.observe(sum(len(item.run) for item in work), time.perf_counter() - begin)
+            self._times.observe(sum(len(item.run) for item in work), self._clock() - begin)
         return forward, choices
 
     def _choose(self, work: Sequence[Work], forward: Forward) -> Choices:
@@ -181,6 +211,8 @@ class Engine:
 
     def _commit(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[Generation]:
         """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
+        began = self._clock()
+        self._emitted = 0
         finished: list[Generation] = []
         moves: list[tuple[np.ndarray, np.ndarray]] = []
         committed: list[Committed] = []
@@ -203,6 +235,7 @@ class Engine:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
                 finished.append(item.slot.generation())
+        self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
         return finished
 
     def _emit(self, slot: Slot, tree: TokenTree, choices: Choices, begin: int) -> np.ndarray:
@@ -217,16 +250,19 @@ class Engine:
             if slot.finish_reason is not None:
                 break
         kept = accepted[: slot.length - length]
+        self._emitted += slot.length - length
         if is_round:
             slot.count_round(tree, kept)
-            self._acceptance.observe(tree, accepted)
+            proposed, along = self._proposed.get(slot.number, EMPTY_TREE), token_ids[[0, *(accepted + 1).tolist()]]
+            self._acceptance.observe(proposed, along)
+            self._rule.observe(proposed, along, slot.request.params)
         for retriever in self._retrievers:
             retriever.extend(slot.number, slot.tokens[length : slot.length])
         return kept[: slot.length - length - 1] if slot.finish_reason is None else kept[:0]
 
     def _keep(self, slot: Slot, root_end: int, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where accepted nodes lie in the cache and where they belong, as token indices of the pool, [A] each."""
-        size = self._target.cache.page_size
+        size = self.target.cache.page_size
         target = np.arange(len(accepted))
         moved = accepted != target
         source = root_end + accepted[moved].astype(np.int64)
@@ -234,9 +270,9 @@ class Engine:
 
     def _move(self, moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         if moves and sum(len(source) for source, _ in moves):
-            source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self._target.device)
-            target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self._target.device)
-            self._target.cache.move(source, target)
+            source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self.target.device)
+            target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self.target.device)
+            self.target.cache.move(source, target)
 
 
 def _committed(slot: Slot, run: Run, accepted: np.ndarray, states: torch.Tensor) -> Committed:

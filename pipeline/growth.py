@@ -3,7 +3,8 @@
 A level is one pass of the draft model over the nodes to be expanded, of all slots; what it says are their candidates.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 
 from pipeline.draft_tree import GrowingTree
 from pipeline.noise import position_key
+from pipeline.pace import Pace
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.proposal import SlotView
 from pipeline.request import SamplingParams
 from pipeline.sampling import ChoiceRow, perturbed_scores
-from pipeline.tree import node_depths
+from pipeline.tree import EMPTY_TREE, TokenTree, node_depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +52,14 @@ class Growth:
     Attributes:
         pages: of the draft model's cache, with room for the known tokens and what is expanded of the tree.
         depth: levels wanted.
+        num_behind: tokens before the root that the first level has to compute, too.
     """
 
     view: SlotView
     pages: PageRun
     tree: GrowingTree
     depth: int
+    num_behind: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -67,6 +71,32 @@ class Growth:
         root = len(self.view.tokens) - 1
         done = 1 + len(self.tree.expanded) - self.tree.num_new
         return Run(self.view.tokens[root:], self.tree.expanded, root, self.pages, True, done)
+
+
+def levels(
+    growths: Mapping[int, Growth],
+    options: DraftOptions,
+    pace: Pace,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[tuple[int, dict[int, Growth]]]:
+    """The levels to be computed, each with the trees that have nodes to expand, by view; times them.
+
+    The trees must have grown by a level when the next is asked for.
+    """
+    working = dict(growths)
+    for level in range(options.depth):
+        growing = {index: growth for index, growth in working.items() if level < growth.depth}
+        trees = {index: growth.tree for index, growth in growing.items() if len(growth.tree.frontier)}
+        kept = pace.expand(level, trees)
+        working = {index: working[index] for index, keep in kept.items() if keep.any()}
+        if not working:
+            return
+        for index, growth in working.items():
+            growth.tree.narrow(kept[index])
+        num_rows = sum(growth.num_rows + (growth.num_behind if level == 0 else 0) for growth in working.values())
+        begin = clock()
+        yield level, working
+        pace.took(level, num_rows, clock() - begin)
 
 
 def grow(
@@ -91,6 +121,12 @@ def grow(
     for growth, begin in zip(growths, begins, strict=True):
         end = begin + growth.num_rows
         growth.tree.grow(logprobs[begin:end], tokens[begin:end])
+
+
+def drafted(growths: Mapping[int, Growth], num_views: int, options: DraftOptions) -> list[TokenTree]:
+    """The finished tree of each view; empty for those that were not drafted for."""
+    grown = {index: growth.tree.tree(options.num_nodes) for index, growth in growths.items()}
+    return [grown.get(index, EMPTY_TREE) for index in range(num_views)]
 
 
 def _choice_rows(growth: Growth, options: DraftOptions) -> list[ChoiceRow]:

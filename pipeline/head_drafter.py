@@ -5,16 +5,17 @@ share, copy and release are the head's too, and nothing is ever caught up. Entri
 soon as the target has computed them. What is drafted goes to scratch pages behind the pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from pipeline.attention import AttentionContext, rasd_attention
 from pipeline.draft_tree import GrowingTree
-from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots, over_vocabulary
+from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.kv_cache import KVShape, PagedCache
+from pipeline.pace import Pace
 from pipeline.packing import PackedRow, Run, pack
 from pipeline.pages import PageRun, pool_index
 from pipeline.proposal import Committed, Draft, SlotView
@@ -30,6 +31,9 @@ class _Layer(torch.nn.Module):
 class HeadDrafter:
     """Drafts with a head.
 
+    Attributes:
+        observer: told of every tree that has grown, for recordings; None if nobody is.
+
     Args:
         head: on the target's device, in its dtype.
         num_pages, page_size: of the target's pool.
@@ -38,6 +42,7 @@ class HeadDrafter:
 
     def __init__(self, head: DraftHead, num_pages: int, page_size: int, num_slots: int, options: DraftOptions) -> None:
         config = head.config
+        self.observer: Callable[[Growth], None] | None = None
         self._head = head
         self._options = options
         self._page_size = page_size
@@ -81,26 +86,25 @@ class HeadDrafter:
         self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
 
     @torch.inference_mode()
-    def draft(self, views: Sequence[SlotView]) -> Draft:
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
         outputs: dict[int, torch.Tensor] = {}  # of each tree: [1 + expanded, H], the root's first
         root_logprobs: torch.Tensor | None = None
-        for level in range(self._options.depth):
-            working = {index: growth for index, growth in growths.items() if level < growth.depth}
-            if not working:
-                break
+        for level, working in levels(growths, self._options, pace):
             hidden = self._level(working, outputs)
             logits = self._head.logits(hidden).float()
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
             for (index, growth), begin in zip(working.items(), begins, strict=True):
                 new = hidden[begin : begin + growth.num_rows]
                 outputs[index] = torch.cat([outputs[index], new]) if level else new
-            if level == 0:
+            if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
             grow(list(working.values()), logits, begins, self._options, self._head.token_ids)
-        grown = {index: growth.tree.tree(self._options.num_nodes) for index, growth in growths.items()}
-        return Draft([grown.get(index, EMPTY_TREE) for index in range(len(views))], root_logprobs)
+        if self.observer is not None:
+            for growth in growths.values():
+                self.observer(growth)
+        return Draft(drafted(growths, len(views), self._options), root_logprobs)
 
     def _begin(self, view: SlotView) -> Growth | None:
         depth = min(self._options.depth, view.max_depth)

@@ -1,13 +1,14 @@
 """Methods by name: which drafter and which retrievers work together. Named configurations, not code paths."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.context import ContextRetriever
 from pipeline.errors import ConfigError
+from pipeline.pace import Economy
 from pipeline.proposal import Drafter, NullDrafter, Retriever
-from pipeline.rules import FixedPruning, FuseAll, Rule, Switch
+from pipeline.rules import Calibrated, FixedPruning, Rule, Switch
 from pipeline.search import Searcher, SearchRetriever
 
 # Sources that need more than the request, and the option that provides them.
@@ -30,7 +31,7 @@ class Method:
     summary: str
     sources: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
-    rule: Rule = FuseAll()  # noqa: RUF009 - it has no state
+    rule: type[Rule] = Rule
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ class Proposers:
 
     drafter: Drafter
     retrievers: tuple[Retriever, ...]
-    rule: Rule = FuseAll()  # noqa: RUF009 - it has no state
+    rule: Rule = field(default_factory=Rule)
 
 
 METHODS = {
@@ -66,13 +67,19 @@ METHODS = {
             "switch",
             "SAM-Decoding's rule: a chain of what followed a match of 5 tokens or more, else the draft model's tree",
             ("draft", "context", "corpus"),
-            rule=Switch(),
+            rule=Switch,
         ),
         Method(
             "rasd-fixed",
             "RASD as published: what all sources propose, pruned by the draft model, fused with its tree",
             ("draft", "context", "passages", "corpus", "live"),
-            rule=FixedPruning(),
+            rule=FixedPruning,
+        ),
+        Method(
+            "rasd",
+            "all sources on one scale of estimated acceptance learned on the way, drafting only as far as it pays",
+            ("draft", "context", "passages", "corpus", "live"),
+            rule=Calibrated,
         ),
     )
 }
@@ -84,6 +91,7 @@ def build(
     vocab_size: int,
     searchers: Sequence[Searcher] = (),
     drafter: Drafter | None = None,
+    economy: Economy | None = None,
 ) -> Proposers:
     """The drafter and retrievers of a method.
 
@@ -91,17 +99,18 @@ def build(
         vocab_size: of the target.
         searchers: of the sources that search text outside the request.
         drafter: of the source `draft`.
+        economy: decides how far to draft where the budget is tuned.
     """
     retrievers: list[Retriever] = []
     if "context" in method.sources:
         retrievers.append(ContextRetriever(acceptance))
     if searchers:
         retrievers.append(SearchRetriever(searchers, acceptance, vocab_size))
-    return Proposers(drafter or NullDrafter(), tuple(retrievers), method.rule)
+    return Proposers(drafter or NullDrafter(), tuple(retrievers), method.rule.for_engine(economy))
 
 
 def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> Method:
-    """The method called `name`, or the best there is for `auto`.
+    """The method called `name`; `auto` is `rasd` with what there is.
 
     Args:
         provided: which sources of `PROVIDED_BY` there are; the method comes without the others.
@@ -109,8 +118,7 @@ def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> M
     Raises:
         ConfigError: there is none of that name, or the job has nothing for it to search.
     """
-    best = "draft" if "draft" in provided and "corpus" not in provided else "retrieval"
-    chosen = METHODS.get(best if name == "auto" else name)
+    chosen = METHODS.get("rasd" if name == "auto" else name)
     if chosen is None:
         raise ConfigError(f"--method is {name!r}; it must be auto or one of {', '.join(METHODS)}.")
     lacks = tuple(source for source in chosen.sources if source in PROVIDED_BY and source not in provided)

@@ -4,14 +4,15 @@ Trees grow in batch, one packed forward pass a level for all slots; a level comp
 was computed for a tree is kept: accepted tokens come again, as known ones, in the next round's first pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from pipeline.draft_tree import GrowingTree
-from pipeline.growth import DraftOptions, Growth, grow, logprobs_at_roots
+from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots
+from pipeline.pace import Pace
 from pipeline.packing import Run
 from pipeline.pages import PagePool, PageRun
 from pipeline.proposal import Draft, SlotView
@@ -30,11 +31,15 @@ class _Slot:
 class ModelDrafter:
     """Drafts with a model.
 
+    Attributes:
+        observer: told of every tree that has grown, for recordings; None if nobody is.
+
     Args:
         model: the draft model over its own KV pool.
     """
 
     def __init__(self, model: Target, options: DraftOptions) -> None:
+        self.observer: Callable[[Growth], None] | None = None
         self._model = model
         self._options = options
         self._pool = PagePool(model.cache.keys.shape[1], model.cache.page_size)
@@ -44,23 +49,22 @@ class ModelDrafter:
         if (state := self._slots.pop(slot, None)) is not None:
             self._pool.release(state.pages)
 
-    def draft(self, views: Sequence[SlotView]) -> Draft:
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
         root_logprobs: torch.Tensor | None = None
-        for level in range(self._options.depth):
-            working = {index: growth for index, growth in growths.items() if level < growth.depth}
-            if not working:
-                break
+        for level, working in levels(growths, self._options, pace):
             runs = [growth.run() if level else self._first_run(growth) for growth in working.values()]
             forward = self._model.forward(runs)
             logits = forward.logits.float()
-            if level == 0:
+            if level == 0 and pace.reads_root:
                 root_logprobs = logprobs_at_roots(logits, forward.begin, list(working), len(views))
             grow(list(working.values()), logits, forward.begin, self._options)
         for growth in growths.values():
-            self._slots[growth.view.slot].tokens = growth.view.tokens.copy()
-        grown = {index: growth.tree.tree(self._options.num_nodes) for index, growth in growths.items()}
-        return Draft([grown.get(index, EMPTY_TREE) for index in range(len(views))], root_logprobs)
+            if len(growth.tree.tokens):  # its root was seen
+                self._slots[growth.view.slot].tokens = growth.view.tokens.copy()
+            if self.observer is not None:
+                self.observer(growth)
+        return Draft(drafted(growths, len(views), self._options), root_logprobs)
 
     def _begin(self, view: SlotView) -> Growth | None:
         """A tree's beginning; None if nothing deeper than the root is wanted or its memory cannot be had."""
@@ -71,7 +75,8 @@ class ModelDrafter:
         slot.tokens = slot.tokens[: differs[0] if len(differs) else common]
         if depth < 1 or not self._pool.grow(slot.pages, len(view.tokens) + self._options.num_scratch):
             return None
-        return Growth(view, slot.pages, GrowingTree(self._options.width), depth)
+        num_behind = len(view.tokens) - 1 - len(slot.tokens)
+        return Growth(view, slot.pages, GrowingTree(self._options.width), depth, num_behind)
 
     def _first_run(self, growth: Growth) -> Run:
         """The first level: the root, and before it the tokens that are not in the cache yet."""

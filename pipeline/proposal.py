@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from pipeline.pace import Pace
 from pipeline.pages import PageRun
 from pipeline.request import SamplingParams
 from pipeline.tree import EMPTY_TREE, TokenTree
@@ -62,7 +63,7 @@ class Draft:
     Attributes:
         trees: one a view.
         root_logprobs: [S, V] the draft model's distribution after each root, which prunes retrieved trees; None
-            without a model.
+            without a model, or if the pace does not read it.
     """
 
     trees: Sequence[TokenTree]
@@ -72,8 +73,8 @@ class Draft:
 class Drafter(Protocol):
     """Proposes from a model."""
 
-    def draft(self, views: Sequence[SlotView]) -> Draft:
-        """One tree for each view."""
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
+        """One tree for each view, as deep and as wide as the pace allows."""
         ...
 
     def release(self, slot: int) -> None:
@@ -109,6 +110,11 @@ class Retriever(Protocol):
         """The slot's request is gone."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `lookup` would answer without waiting for another process."""
+        ...
+
     def send(self, views: Sequence[SlotView]) -> None:
         """Starts what takes time, so that it goes on while the drafter works; `lookup` with the same views follows."""
         ...
@@ -121,7 +127,7 @@ class Retriever(Protocol):
 class NullDrafter:
     """Drafts nothing: with no retriever beside it, this is plain decoding."""
 
-    def draft(self, views: Sequence[SlotView]) -> Draft:
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         return Draft([EMPTY_TREE] * len(views))
 
     def release(self, slot: int) -> None:

@@ -2,46 +2,58 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from pipeline.proposal import Draft
+from pipeline.calibration import Calibration
+from pipeline.pace import EconomicPace, Economy, FullPace, Pace
+from pipeline.proposal import Draft, SlotView
+from pipeline.request import SamplingParams
+from pipeline.retrieval import Retrieval
 from pipeline.tree import EMPTY_TREE, TokenTree, fuse, path_values, prune
 
 
-class Rule(Protocol):
-    """One round's trees from its draft and its retrieved trees."""
+class Rule:
+    """One round's trees from its draft and its retrieved trees: all that was proposed, equal paths made one.
 
-    @property
-    def looks_first(self) -> bool:
-        """Whether what is retrieved decides for which slots the drafter works at all."""
-        ...
+    Attributes:
+        waits: whether all that is retrieved must be known before drafting begins.
+    """
 
-    def wants_draft(self, retrieved: TokenTree) -> bool:
-        """Whether a slot with this retrieved tree is drafted for; asked only of a rule that looks first."""
-        ...
+    waits: ClassVar[bool] = False
 
-    def join(self, draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
-        """The tree of each slot."""
-        ...
+    @classmethod
+    def for_engine(cls, economy: Economy | None) -> "Rule":
+        """The rule of one engine, with what it may learn from.
 
+        Args:
+            economy: decides how far to draft; None if the budget is fixed.
+        """
+        return cls()
 
-class FuseAll:
-    """All that was proposed, equal paths made one."""
+    def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        """How far the draft model goes this round, of which not all may be retrieved yet."""
+        return FullPace()
 
-    looks_first: ClassVar[bool] = False
-
-    def wants_draft(self, retrieved: TokenTree) -> bool:
-        return True
-
-    def join(self, draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+        """The tree of each view."""
         return [fuse(trees) for trees in zip(draft.trees, retrieved, strict=True)]
+
+    def observe(self, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
+        """What became of a tree that `join` made.
+
+        Args:
+            choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
+        """
+
+    def observe_round(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A round without prefill verified so many rows and emitted so many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class FixedPruning(FuseAll):
+class FixedPruning(Rule):
     """RASD as published (arXiv 2503.03434, section 3.2): the draft model's distribution prunes what was retrieved.
 
     A retrieved tree keeps those of the root's children, with all below them, that are among the draft model's `rank`
@@ -51,11 +63,14 @@ class FixedPruning(FuseAll):
     rank: int = 10
     probability: float = 0.05
 
-    def join(self, draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        return FullPace(reads_root=True)
+
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
         if draft.root_logprobs is not None:
             rows = zip(retrieved, draft.root_logprobs, strict=True)
             retrieved = [self._pruned(tree, logprobs) for tree, logprobs in rows]
-        return FuseAll.join(self, draft, retrieved)
+        return Rule.join(self, views, draft, retrieved)
 
     def _pruned(self, tree: TokenTree, logprobs: torch.Tensor) -> TokenTree:
         """Args: logprobs: [V]."""
@@ -72,19 +87,66 @@ class FixedPruning(FuseAll):
 
 
 @dataclass(frozen=True, slots=True)
-class Switch:
+class Switch(Rule):
     """SAM-Decoding (Hu et al., arXiv 2411.10666): a long match drafts a chain, else the draft model drafts its tree."""
 
     match: int = 5
-    looks_first: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
-    def wants_draft(self, retrieved: TokenTree) -> bool:
-        top = retrieved.parents < 0
-        return not top.any() or int(retrieved.matches[top].max()) < self.match
+    def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        return FullPace(wanted=frozenset(i for i, tree in enumerate(retrieval.trees) if not self._is_long(tree)))
 
-    def join(self, draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
         pairs = zip(draft.trees, retrieved, strict=True)
-        return [tree if self.wants_draft(found) else chain_of(found) for tree, found in pairs]
+        return [chain_of(found) if self._is_long(found) else tree for tree, found in pairs]
+
+    def _is_long(self, retrieved: TokenTree) -> bool:
+        top = retrieved.parents < 0
+        return bool(top.any()) and int(retrieved.matches[top].max()) >= self.match
+
+
+class Calibrated(Rule):
+    """RASD with one scale of estimated acceptance for all sources, learned online, and drafting as far as it pays.
+
+    Args:
+        economy: decides how far to draft; None drafts in full, for a fixed budget.
+    """
+
+    def __init__(self, economy: Economy | None = None, calibration: Calibration | None = None) -> None:
+        self._economy = economy
+        self._calibration = calibration or Calibration()
+        self._pace: EconomicPace | None = None  # of this round
+
+    @classmethod
+    def for_engine(cls, economy: Economy | None) -> "Rule":
+        return cls(economy)
+
+    def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        if self._economy is None:
+            return FullPace()
+
+        def newly_found() -> list[TokenTree] | None:
+            return self._scored(views, retrieval.trees) if retrieval.poll() else None
+
+        self._pace = self._economy.round(self._scored(views, retrieval.trees), newly_found)
+        return self._pace
+
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+        trees = self._scored(views, Rule.join(self, views, draft, retrieved))
+        if self._economy is not None and self._pace is not None:
+            self._economy.observe_trees(trees, self._pace.num_expanded)
+        return trees
+
+    def observe(self, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
+        self._calibration.observe(tree, choices, not params.is_greedy)
+
+    def observe_round(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+        if self._economy:
+            self._economy.observe_round(num_rows, num_tokens, seconds)
+
+    def _scored(self, views: Sequence[SlotView], trees: Sequence[TokenTree]) -> list[TokenTree]:
+        pairs = zip(views, trees, strict=True)
+        return [self._calibration.scored(tree, not view.params.is_greedy) for view, tree in pairs]
 
 
 def chain_of(tree: TokenTree) -> TokenTree:

@@ -21,6 +21,11 @@ class Searcher(Protocol):
         """Starts looking up contexts, B arrays of [L] int32; depths: [B] int32 deepest node wanted of each."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `receive` would answer without waiting for another process."""
+        ...
+
     def receive(self) -> Mapping[str, Lookup]:
         """What was found for the contexts sent last, by source; a source that did not answer in time is left out."""
         ...
@@ -52,6 +57,10 @@ class SearchRetriever:
         depths = np.array([view.max_depth for view in views], np.int32)
         for searcher in self._searchers:
             searcher.send(contexts, depths)
+
+    @property
+    def is_ready(self) -> bool:
+        return all(searcher.is_ready for searcher in self._searchers)
 
     def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
         if not views:
@@ -90,5 +99,5 @@ def trees_of(source: str, lookup: Lookup, rates: np.ndarray, vocab_size: int) ->
         scores, keep = score(parents, counts[part], matches, sources[part], rates)
         if (tokens[part] >= vocab_size).any():
             keep &= path_values(parents, (tokens[part] < vocab_size).astype(np.float32)) > 0
-        trees.append(prune(TokenTree(tokens[part], parents, scores, sources[part], matches), keep))
+        trees.append(prune(TokenTree.proposed(tokens[part], parents, scores, sources[part], matches), keep))
     return trees

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 SOURCES = ("draft", "context", "passages", "corpus", "live")
+_LEAST = np.float32(1e-6)  # evidence of a node that its source thinks impossible: it was proposed all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +23,48 @@ class TokenTree:
         parents: [N] int32 index of the parent node, -1 for children of the root; always smaller than the node's own
             index.
         scores: [N] float32 estimated p(accepted | parent accepted), in [0, 1].
-        sources: [N] int8 index into `SOURCES`: who proposed the node with the highest score.
-        matches: [N] int16 tokens before the node that occurred in the same order where it was found; 0 if nothing was
-            searched.
+        evidence: [N, len(SOURCES)] float32 each source's own estimate of the same; 0 where it did not propose the node.
+        matches: [N, len(SOURCES)] int16 tokens before the node that occurred in the same order where the source found
+            it; 0 if nothing was searched.
     """
 
     tokens: np.ndarray
     parents: np.ndarray
     scores: np.ndarray
-    sources: np.ndarray
+    evidence: np.ndarray
     matches: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """[N] int8 index into `SOURCES`: the source that is surest of the node, the first of equals."""
+        surest: np.ndarray = self.evidence.argmax(axis=1).astype(np.int8)
+        return surest
+
+    @staticmethod
+    def proposed(
+        tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, sources: np.ndarray, matches: np.ndarray
+    ) -> "TokenTree":
+        """A tree with one source a node.
+
+        Args:
+            sources: [N] int8; matches: [N] int16.
+        """
+        rows = np.arange(len(tokens))
+        evidence = np.zeros((len(tokens), len(SOURCES)), np.float32)
+        evidence[rows, sources] = np.maximum(scores, _LEAST)
+        lengths = np.zeros((len(tokens), len(SOURCES)), np.int16)
+        lengths[rows, sources] = matches
+        return TokenTree(tokens, parents, scores, evidence, lengths)
 
     @staticmethod
     def of(
         tokens: Sequence[int], parents: Sequence[int], source: str, scores: Sequence[float] | None = None
     ) -> "TokenTree":
         """Builds a tree from plain sequences; scores default to 1."""
-        return TokenTree(
+        return TokenTree.proposed(
             np.asarray(tokens, np.int32),
             np.asarray(parents, np.int32),
             np.ones(len(tokens), np.float32) if scores is None else np.asarray(scores, np.float32),
@@ -84,49 +107,79 @@ def ancestor_mask(parents: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _merge(tokens: np.ndarray, parents: np.ndarray, trees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of all nodes in their union, and how many places there are."""
+def places_in(
+    tokens: np.ndarray, parents: np.ndarray, other_tokens: np.ndarray, other_parents: np.ndarray
+) -> np.ndarray:
+    """For the root (first) and each node of another tree, [M + 1] int64: the node of this tree with the same path, -1
+    for the root, -2 if there is none."""
+    places = np.full(len(other_tokens) + 1, -2, np.int64)
+    places[0] = -1
+    for i in range(len(other_tokens)):
+        parent = places[other_parents[i] + 1]
+        if parent > -2:
+            for j in range(parent + 1, len(tokens)):
+                if parents[j] == parent and tokens[j] == other_tokens[i]:
+                    places[i + 1] = j
+                    break
+    return places
+
+
+@njit(cache=True, nogil=True)
+def _union(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    scores: np.ndarray,
+    evidence: np.ndarray,
+    matches: np.ndarray,
+    sizes: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The union of trees that stand one after the other, `sizes` nodes each; columns as of a `TokenTree`."""
     n = len(tokens)
     place = np.empty(n, np.int64)
-    union_tokens = np.empty(n, np.int32)
-    union_parents = np.empty(n, np.int32)
     size = 0
-    tree_start = 0
-    for i in range(n):
-        if i == 0 or trees[i] != trees[i - 1]:
-            tree_start = i
-        parent = place[tree_start + parents[i]] if parents[i] >= 0 else -1
-        found = -1
-        for j in range(parent + 1, size):
-            if union_parents[j] == parent and union_tokens[j] == tokens[i]:
-                found = j
-                break
-        if found < 0:
-            found = size
-            union_tokens[size] = tokens[i]
-            union_parents[size] = parent
-            size += 1
-        place[i] = found
-    return place, union_parents[:size]
+    begin = 0
+    for nodes in sizes:
+        for i in range(begin, begin + nodes):
+            parent = place[begin + parents[i]] if parents[i] >= 0 else -1
+            found = -1
+            for j in range(parent + 1, size if begin else 0):  # the first tree has no equals
+                if parents[j] == parent and tokens[j] == tokens[i]:
+                    found = j
+                    break
+            if found < 0:
+                found = size  # never beyond i: what stands there has been read
+                size += 1
+                tokens[found] = tokens[i]
+                parents[found] = parent
+                scores[found] = scores[i]
+                evidence[found] = evidence[i]
+                matches[found] = matches[i]
+            else:
+                scores[found] = max(scores[found], scores[i])
+                for source in range(evidence.shape[1]):
+                    evidence[found, source] = max(evidence[found, source], evidence[i, source])
+                    matches[found, source] = max(matches[found, source], matches[i, source])
+            place[i] = found
+        begin += nodes
+    return tokens[:size], parents[:size], scores[:size], evidence[:size], matches[:size]
 
 
 def fuse(trees: Sequence[TokenTree]) -> TokenTree:
     """Union of trees by longest-prefix matching: equal paths become one (RASD, arXiv 2503.03434, section 3.3).
 
-    A node proposed by several trees keeps the source, score and match of the highest score, the first of equals.
+    A node proposed by several trees keeps the evidence of all, and the highest score until a calibration weighs it.
     """
     trees = [tree for tree in trees if len(tree)]
     if len(trees) <= 1:
         return trees[0] if trees else EMPTY_TREE
-    tokens = np.concatenate([tree.tokens for tree in trees])
-    scores = np.concatenate([tree.scores for tree in trees])
-    sources = np.concatenate([tree.sources for tree in trees])
-    origin = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
-    place, union_parents = _merge(tokens, np.concatenate([tree.parents for tree in trees]), origin)
-    order = np.lexsort((-scores, place))  # by place, the highest score first
-    best = order[np.searchsorted(place[order], np.arange(len(union_parents)))]
-    matches = np.concatenate([tree.matches for tree in trees])
-    return TokenTree(tokens[best], union_parents, scores[best], sources[best], matches[best])
+    columns = (
+        np.concatenate([tree.tokens for tree in trees]),
+        np.concatenate([tree.parents for tree in trees]),
+        np.concatenate([tree.scores for tree in trees]),
+        np.concatenate([tree.evidence for tree in trees]),
+        np.concatenate([tree.matches for tree in trees]),
+    )
+    return TokenTree(*_union(*columns, np.array([len(tree) for tree in trees])))
 
 
 def prune(tree: TokenTree, keep: np.ndarray) -> TokenTree:
@@ -136,4 +189,4 @@ def prune(tree: TokenTree, keep: np.ndarray) -> TokenTree:
     renumber = np.cumsum(keep, dtype=np.int32) - 1
     parents = tree.parents[keep]
     parents = np.where(parents >= 0, renumber[parents], -1).astype(np.int32)
-    return TokenTree(tree.tokens[keep], parents, tree.scores[keep], tree.sources[keep], tree.matches[keep])
+    return TokenTree(tree.tokens[keep], parents, tree.scores[keep], tree.evidence[keep], tree.matches[keep])

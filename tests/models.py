@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pipeline.pace import Pace
 from pipeline.proposal import Draft, SlotView
 from pipeline.tree import EMPTY_TREE, TokenTree
 
@@ -73,7 +74,7 @@ class OracleDrafter:
         self._random = np.random.default_rng(seed)
         self._max_nodes = max_nodes
 
-    def draft(self, views: Sequence[SlotView]) -> Draft:
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         return Draft([self._tree(view) for view in views])
 
     def release(self, slot: int) -> None:

@@ -78,7 +78,7 @@ def test_every_path_followed_the_last_tokens_somewhere(tokens: list[int], max_de
         followed = [place for place in places if tuple(tokens[place + 1 : place + 1 + len(path)]) == path]
         assert followed, f"{path} never followed the last token"
         longest = max(places[place] for place in followed) + len(path) - 1
-        assert 1 <= tree.matches[node] <= min(longest, MAX_MATCH)
+        assert 1 <= tree.matches[node, CONTEXT] <= min(longest, MAX_MATCH)
         assert SOURCES[tree.sources[node]] == "context"
 
 
@@ -95,7 +95,9 @@ def test_the_longest_and_latest_match_is_proposed_first(tokens: list[int]) -> No
     followed = tokens[latest + 1 : latest + 1 + MAX_DEPTH]
     assert [int(token) for token in tree.tokens[: len(followed)]] == followed
     assert tree.parents[: len(followed)].tolist() == list(range(-1, len(followed) - 1))
-    assert tree.matches[: len(followed)].tolist() == [min(longest + i, MAX_MATCH) for i in range(len(followed))]
+    assert tree.matches[: len(followed), CONTEXT].tolist() == [
+        min(longest + i, MAX_MATCH) for i in range(len(followed))
+    ]
 
 
 def test_a_rare_token_is_found_behind_frequent_ones_of_the_same_bucket() -> None:
@@ -193,9 +195,9 @@ def test_the_caller_may_change_its_tokens_afterwards() -> None:
 def observed(table: AcceptanceTable, accepted: Sequence[int], rounds: int) -> np.ndarray:
     """Rates after `rounds` rounds with a chain of two nodes that matched 3 and 4 tokens."""
     chain = TokenTree.of([1, 2], [-1, 0], "context")
-    chain.matches[:] = (3, 4)
+    chain.matches[:, CONTEXT] = (3, 4)
     for _ in range(rounds):
-        table.observe(chain, np.array(accepted, np.int32))
+        table.observe(chain, np.array([*(chain.tokens[node] for node in accepted), 7]))
     rates: np.ndarray = table.rates[CONTEXT]
     return rates
 
@@ -247,5 +249,5 @@ def test_passages_never_shorten_what_the_context_gives(tokens: list[int], found:
     passages = [np.array(passage, np.int32) for passage in found]
     with_passages, own = lookup(tokens, passages=passages), lookup(tokens)
     assert bool((with_passages.tokens >= 0).all())
-    longest = [max(tree.matches[tree.parents == -1], default=0) for tree in (with_passages, own)]
+    longest = [int(tree.matches[tree.parents == -1].max(initial=0)) for tree in (with_passages, own)]
     assert longest[0] >= longest[1]

@@ -44,7 +44,7 @@ def run(
 ) -> list[Generation]:
     model = load_causal_lm(resolve_model("smollm2-135m"), loaded[0].dtype, "cpu")
     options = EngineOptions(num_slots=slots, max_context=2048)
-    draft = shipped(model) if method == "draft" else None
+    draft = shipped(model) if method in ("draft", "rasd") else None
     engine = build_engine(model, loaded[1], method_named(method), options, draft=draft)
     order = range(len(prompts)) if slots == 1 else reversed(range(len(prompts)))
     requests = [Request(i, prompts[i], params, row_seed(0, i, 0)) for i in order]
@@ -60,7 +60,17 @@ def shipped(model: PreTrainedModel) -> DraftHead:
 
 @pytest.mark.parametrize(
     ("method", "slots"),
-    [("plain", 1), ("plain", 4), ("context", 1), ("context", 16), ("draft", 1), ("draft", 4), ("draft", 16)],
+    [
+        ("plain", 1),
+        ("plain", 4),
+        ("context", 1),
+        ("context", 16),
+        ("draft", 1),
+        ("draft", 4),
+        ("draft", 16),
+        ("rasd", 1),
+        ("rasd", 16),
+    ],
 )
 def test_greedy_output_equals_generate(
     smollm2: Loaded, prompts: list[tuple[int, ...]], expected: list[list[int]], method: str, slots: int
@@ -79,7 +89,7 @@ def sampled(smollm2: Loaded, prompts: list[tuple[int, ...]]) -> list[Generation]
     return run(smollm2, prompts, SAMPLED, "plain", 1)
 
 
-@pytest.mark.parametrize(("method", "slots"), [("context", 4), ("draft", 1), ("draft", 4), ("draft", 16)])
+@pytest.mark.parametrize(("method", "slots"), [("context", 4), ("draft", 1), ("draft", 4), ("draft", 16), ("rasd", 4)])
 def test_sampled_output_is_the_same_with_speculation_on_and_off(
     smollm2: Loaded, prompts: list[tuple[int, ...]], sampled: list[Generation], method: str, slots: int
 ) -> None:

@@ -18,9 +18,10 @@ from pipeline.head import DraftHead, HeadConfig
 from pipeline.head_drafter import HeadDrafter
 from pipeline.head_files import is_head, load_head, new_head, save_head
 from pipeline.methods import Proposers
+from pipeline.pace import FullPace
 from pipeline.proposal import Retriever
 from pipeline.request import Generation, Request, SamplingParams
-from pipeline.rules import FuseAll, Rule
+from pipeline.rules import Rule
 from pipeline.target import Target
 from pipeline.training.data import Example
 from pipeline.training.teacher import Teacher
@@ -66,7 +67,7 @@ def engine_with(
     target.read_states(head.config.depths)
     drafter = HeadDrafter(head, num_pages, PAGE_SIZE, slots, options)
     config = EngineConfig(num_slots=slots, budget=64, prefill_chunk=16, max_context=512)
-    proposers = Proposers(drafter, retrievers, rule or FuseAll())
+    proposers = Proposers(drafter, retrievers, rule or Rule())
     return Engine(target, NoText(), [2], proposers, AcceptanceTable(), config)
 
 
@@ -144,11 +145,11 @@ def test_drafting_does_what_training_unrolls() -> None:
     engine.submit(Request(0, prompt, SamplingParams(max_new_tokens=20)))
     checked = 0
     seen: list[tuple[list[int], list[int]]] = []
-    drafter = engine._drafter
+    drafter = engine.drafter
     original = drafter.draft
 
-    def recording(views):  # type: ignore[no-untyped-def]
-        draft = original(views)
+    def recording(views, pace):  # type: ignore[no-untyped-def]
+        draft = original(views, pace)
         seen.extend((view.tokens.tolist(), tree.tokens.tolist()) for view, tree in zip(views, draft.trees, strict=True))
         return draft
 
@@ -166,13 +167,14 @@ def test_the_root_distribution_is_uniform_where_the_head_saw_nothing() -> None:
     head = head_for("llama", draft_vocab=96)
     engine = engine_with("llama", head, 2, CHAIN)
     engine.submit(Request(0, prompts_for(11, 1)[0], SamplingParams(max_new_tokens=8)))
-    drafter, seen = engine._drafter, []
+    drafter, seen = engine.drafter, []
     original = drafter.draft
 
-    def with_an_unknown_slot(views):  # type: ignore[no-untyped-def]
+    def with_an_unknown_slot(views, pace):  # type: ignore[no-untyped-def]
         if views:
-            seen.append(original([*views, dataclasses.replace(views[0], slot=1)]))
-        return original(views)
+            unknown = dataclasses.replace(views[0], slot=1)
+            seen.append(original([*views, unknown], FullPace(reads_root=True)))
+        return original(views, pace)
 
     drafter.draft = with_an_unknown_slot  # type: ignore[method-assign]
     while engine.has_work:

@@ -11,6 +11,7 @@ from pipeline.assemble import PAGE_SIZE
 from pipeline.growth import DraftOptions
 from pipeline.methods import Proposers
 from pipeline.model_drafter import ModelDrafter
+from pipeline.pace import FullPace
 from pipeline.proposal import SlotView
 from pipeline.request import SamplingParams
 from pipeline.target import Target
@@ -45,7 +46,7 @@ def test_every_node_has_the_probability_that_the_model_gives_its_path(architectu
     texts = [list(prompt) for prompt in prompts_for(7, 4)]
     for extra in ([], [5, 6, 7], [9]):  # the slots grow, and the cache is caught up with them
         texts = [[*text, *extra] for text in texts]
-        draft = drafter.draft(views(*texts))
+        draft = drafter.draft(views(*texts), FullPace(reads_root=True))
         assert draft.root_logprobs is not None
         for text, tree, root in zip(texts, draft.trees, draft.root_logprobs, strict=True):
             assert len(tree) == OPTIONS.num_nodes
@@ -60,10 +61,10 @@ def test_every_node_has_the_probability_that_the_model_gives_its_path(architectu
 
 def test_a_slot_that_changes_its_text_is_drafted_anew() -> None:
     drafter = drafter_of("llama")
-    drafter.draft(views([3, 4, 5, 6, 7, 8]))
-    changed = drafter.draft(views([3, 4, 5, 9, 7])).trees[0]
+    drafter.draft(views([3, 4, 5, 6, 7, 8]), FullPace(reads_root=True))
+    changed = drafter.draft(views([3, 4, 5, 9, 7]), FullPace(reads_root=True)).trees[0]
     drafter.release(0)
-    fresh = drafter.draft(views([3, 4, 5, 9, 7])).trees[0]
+    fresh = drafter.draft(views([3, 4, 5, 9, 7]), FullPace(reads_root=True)).trees[0]
     assert changed.tokens.tolist() == fresh.tokens.tolist()
     assert np.allclose(changed.scores, fresh.scores, atol=1e-5)
 
@@ -121,6 +122,6 @@ def test_without_room_for_a_slot_it_gets_an_empty_tree_and_the_same_output() -> 
 def test_nothing_is_drafted_beyond_the_depth_of_use() -> None:
     drafter = drafter_of("llama")
     for depth in (0, 1, 2):
-        (tree,) = drafter.draft(views([3, 4, 5], max_depth=depth)).trees
+        (tree,) = drafter.draft(views([3, 4, 5], max_depth=depth), FullPace(reads_root=True)).trees
         assert max((len(path_of(tree, i)) for i in range(len(tree))), default=0) == depth
-    assert list(drafter.draft([]).trees) == []
+    assert list(drafter.draft([], FullPace(reads_root=True)).trees) == []

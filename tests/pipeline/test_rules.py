@@ -1,5 +1,8 @@
 """Rules: the paper's pruning and SAM-Decoding's switch against plain loops over the same trees, and both lossless."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,26 +10,36 @@ from hypothesis import strategies as st
 
 from benchmarks.reference import generate
 from pipeline.acceptance import AcceptanceTable
+from pipeline.assemble import PAGE_SIZE
+from pipeline.budget import StepTimes
 from pipeline.context import ContextRetriever
+from pipeline.draft_tree import GrowingTree
+from pipeline.engine import Engine, EngineConfig
 from pipeline.growth import DraftOptions
-from pipeline.methods import METHODS
-from pipeline.proposal import Draft
-from pipeline.request import SamplingParams
+from pipeline.head_drafter import HeadDrafter
+from pipeline.methods import METHODS, Proposers
+from pipeline.model_drafter import ModelDrafter
+from pipeline.pace import Economy
+from pipeline.proposal import Draft, Drafter, NullDrafter, SlotView
+from pipeline.request import Request, SamplingParams
+from pipeline.retrieval import Retrieval
 from pipeline.rules import FixedPruning, Switch, chain_of
+from pipeline.target import Target
 from pipeline.tree import EMPTY_TREE, TokenTree
-from tests.models import tiny_model
+from tests.models import OracleDrafter, tiny_model
 from tests.pipeline.test_budget import all_paths
 from tests.pipeline.test_engine_architectures import (
     GREEDY,
     NEW_TOKENS,
     SAMPLED,
+    NoText,
     assert_equal,
     prompts_for,
     proposers_of,
     requests_for,
     run,
 )
-from tests.pipeline.test_head import engine_with, head_for, outputs
+from tests.pipeline.test_head import head_for
 from tests.pipeline.toys import trees
 
 VOCABULARY = 40
@@ -38,11 +51,12 @@ random_trees = trees(max_nodes=20, vocabulary=VOCABULARY)
 def test_the_draft_distribution_prunes_what_was_retrieved(drafted: TokenTree, retrieved: TokenTree, seed: int) -> None:
     rule = FixedPruning(rank=5, probability=0.06)
     logprobs = (3 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
-    (got,) = rule.join(Draft([drafted], logprobs), [retrieved])
+    views = [SlotView(0, np.array([1], np.int32), 9)]
+    (got,) = rule.join(views, Draft([drafted], logprobs), [retrieved])
     likely = logprobs[0].argsort(descending=True)[:5].tolist()
     stays = {token for token in range(VOCABULARY) if token in likely or float(logprobs[0, token].exp()) >= 0.06}
     assert all_paths(got) == all_paths(drafted) | {path for path in all_paths(retrieved) if path[0] in stays}
-    (unpruned,) = rule.join(Draft([drafted]), [retrieved])
+    (unpruned,) = rule.join(views, Draft([drafted]), [retrieved])
     assert all_paths(unpruned) == all_paths(drafted) | all_paths(retrieved)
 
 
@@ -51,9 +65,13 @@ def test_the_draft_distribution_prunes_what_was_retrieved(drafted: TokenTree, re
 def test_a_long_match_switches_to_its_chain(drafted: TokenTree, retrieved: TokenTree) -> None:
     rule = Switch(match=5)
     tops = [i for i in range(len(retrieved)) if retrieved.parents[i] < 0]
-    is_long = any(retrieved.matches[i] >= 5 for i in tops)
-    assert rule.wants_draft(retrieved) == (not is_long)
-    (got,) = rule.join(Draft([EMPTY_TREE if is_long else drafted]), [retrieved])
+    is_long = any(int(retrieved.matches[i].max()) >= 5 for i in tops)
+    views = [SlotView(0, np.array([1], np.int32), 9)]
+    retrieval = Retrieval((), views)
+    retrieval.trees = [retrieved]
+    pace = rule.pace(views, retrieval)
+    assert list(pace.expand(0, {0: GrowingTree(4)})) == ([] if is_long else [0])
+    (got,) = rule.join(views, Draft([EMPTY_TREE if is_long else drafted]), [retrieved])
     assert all_paths(got) == (all_paths(chain_of(retrieved)) if is_long else all_paths(drafted))
 
 
@@ -69,19 +87,47 @@ def test_a_chain_takes_the_likeliest_child(tree: TokenTree) -> None:
     assert chain.parents.tolist() == list(range(-1, len(expected) - 1))
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("slots", [1, 4])
-@pytest.mark.parametrize("name", ["switch", "rasd-fixed"])
-def test_no_rule_changes_the_output(name: str, slots: int, params: SamplingParams) -> None:
-    prompts = [prompt * 3 for prompt in prompts_for(31, 8)]  # so that something matches
-    requests = requests_for(prompts, params)
-    if params.is_greedy:
-        expected = [generate(tiny_model("llama"), prompt, NEW_TOKENS) for prompt in prompts]
-    else:
-        expected = [list(g.token_ids) for g in run("llama", requests, proposers_of("plain", {}), slots=1)]
+def expected_outputs(requests: list[Request]) -> list[list[int]]:
+    """Plain decoding's own: transformers' if greedy, else one slot without drafts."""
+    if requests[0].params.is_greedy:
+        return [generate(tiny_model("llama"), request.prompt_ids, NEW_TOKENS) for request in requests]
+    return [list(g.token_ids) for g in run("llama", requests, proposers_of("plain", {}), slots=1)]
+
+
+def engine_of(
+    name: str, drafter: str, slots: int, budget: int | None, outputs: dict[tuple[int, ...], list[int]]
+) -> Engine:
+    """An engine with a context retriever, the method's rule, and a head, a model, random trees or nothing to draft."""
     options = DraftOptions(depth=3, width=4, branches=4, num_nodes=24)
+    target = Target(tiny_model("llama"), 256, PAGE_SIZE)
+    times = StepTimes((1, 64), (0.01, 0.02)) if budget is None else None
+    economy = None if times is None else Economy(times, options.depth)
+    drafters: dict[str, Callable[[], Drafter]] = {
+        "head": lambda: HeadDrafter(head_for("llama"), 256, PAGE_SIZE, slots, options),
+        "model": lambda: ModelDrafter(Target(tiny_model("llama", 1), 256, PAGE_SIZE), options),
+        "random": lambda: OracleDrafter(outputs),
+        "none": NullDrafter,
+    }
+    if drafter == "head":
+        target.read_states(head_for("llama").config.depths)
     context = ContextRetriever(AcceptanceTable())
-    engine = engine_with("llama", head_for("llama"), slots, options, retrievers=(context,), rule=METHODS[name].rule)
-    got = outputs(engine, requests)
+    proposers = Proposers(drafters[drafter](), (context,), METHODS[name].rule.for_engine(economy))
+    config = EngineConfig(num_slots=slots, budget=budget, prefill_chunk=16, max_context=512)
+    return Engine(target, NoText(), [2], proposers, AcceptanceTable(), config, times)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("slots", [1, 4, 16])
+@pytest.mark.parametrize("drafter", ["head", "model", "random", "none"])
+@pytest.mark.parametrize(("name", "budget"), [("switch", 24), ("rasd-fixed", 24), ("rasd", 24), ("rasd", None)])
+def test_no_rule_changes_the_output(
+    name: str, budget: int | None, drafter: str, slots: int, params: SamplingParams
+) -> None:
+    prompts = [prompt * 3 for prompt in prompts_for(31, 16 if slots == 16 else 6)]  # so that something matches
+    requests = requests_for(prompts, params)
+    expected = expected_outputs(requests)
+    known = dict(zip(prompts, expected, strict=True))
+    got = sorted(engine_of(name, drafter, slots, budget, known).generate(requests), key=lambda g: g.request_id)
     assert_equal("llama", requests, expected, got)
-    assert sum(generation.drafted for generation in got) > 0
+    if (name, drafter) != ("switch", "none"):  # which needs a match of five tokens
+        assert sum(generation.drafted for generation in got) > 0

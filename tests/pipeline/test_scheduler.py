@@ -46,6 +46,10 @@ class GuessingRetriever:
     def release(self, slot: int) -> None:
         del self.slots[slot]
 
+    @property
+    def is_ready(self) -> bool:
+        return bool(len(self.sent) % 2)
+
     def send(self, views: Sequence[SlotView]) -> None:
         self.sent = [view.slot for view in views]
 

@@ -7,7 +7,17 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, ancestor_mask, fuse, node_depths, path_values, prune
+from pipeline.tree import (
+    EMPTY_TREE,
+    SOURCES,
+    TokenTree,
+    ancestor_mask,
+    fuse,
+    node_depths,
+    path_values,
+    places_in,
+    prune,
+)
 from pipeline.verify import walk
 from tests.pipeline.toys import path_of, trees
 
@@ -24,9 +34,9 @@ def paths(tree: TokenTree) -> dict[Path, int]:
 
 def assert_well_formed(tree: TokenTree) -> None:
     n = len(tree)
-    assert all(len(column) == n for column in (tree.parents, tree.scores, tree.sources, tree.matches))
-    dtypes = (np.int32, np.int32, np.float32, np.int8, np.int16)
-    columns = (tree.tokens, tree.parents, tree.scores, tree.sources, tree.matches)
+    dtypes = (np.int32, np.int32, np.float32, np.float32, np.int16)
+    columns = (tree.tokens, tree.parents, tree.scores, tree.evidence, tree.matches)
+    assert all(len(column) == n for column in columns)
     assert [column.dtype for column in columns] == list(dtypes)
     assert bool((tree.parents < np.arange(n)).all()) and bool((tree.parents >= -1).all())
     paths(tree)
@@ -41,10 +51,11 @@ def test_fuse_is_the_union_of_paths(some: list[TokenTree]) -> None:
     assert set(nodes) == set().union(*(paths(tree) for tree in some))
     for path, node in nodes.items():
         proposals = [(tree, paths(tree)[path]) for tree in some if path in paths(tree)]
-        best, best_node = max(proposals, key=lambda proposal: proposal[0].scores[proposal[1]])
-        assert fused.sources[node] == best.sources[best_node]
-        assert fused.scores[node] == best.scores[best_node]
-        assert fused.matches[node] == best.matches[best_node]
+        assert fused.scores[node] == max(part.scores[own] for part, own in proposals)
+        for source in range(len(SOURCES)):
+            assert fused.evidence[node, source] == max(part.evidence[own, source] for part, own in proposals)
+            assert fused.matches[node, source] == max(part.matches[own, source] for part, own in proposals)
+        assert fused.evidence[node, fused.sources[node]] == fused.evidence[node].max() > 0
 
 
 @bounded
@@ -55,6 +66,24 @@ def test_fusing_again_changes_nothing(some: list[TokenTree]) -> None:
         assert again.tokens.tolist() == fused.tokens.tolist()
         assert again.parents.tolist() == fused.parents.tolist()
         assert again.scores.tolist() == fused.scores.tolist()
+        assert again.evidence.tolist() == fused.evidence.tolist()
+
+
+@bounded
+@given(trees(), trees())
+def test_a_place_in_another_tree_is_the_node_with_the_same_path(tree: TokenTree, other: TokenTree) -> None:
+    places = places_in(tree.tokens, tree.parents, other.tokens, other.parents)
+    assert places[0] == -1
+    nodes = paths(tree)
+    assert places[1:].tolist() == [nodes.get(path_of(other, node), -2) for node in range(len(other))]
+
+
+@bounded
+@given(st.lists(trees(), min_size=1, max_size=4))
+def test_fusing_leaves_its_trees_as_they_were(some: list[TokenTree]) -> None:
+    before = [(tree.tokens.tolist(), tree.parents.tolist(), tree.evidence.tolist()) for tree in some]
+    fuse(some)
+    assert before == [(tree.tokens.tolist(), tree.parents.tolist(), tree.evidence.tolist()) for tree in some]
 
 
 def test_fuse_of_nothing_is_the_empty_tree() -> None:

@@ -36,10 +36,16 @@ def trees(draw: st.DrawFn, max_nodes: int = 12, vocabulary: int = 4) -> TokenTre
     score = draw(
         st.sampled_from((st.floats(0, 1, width=32), st.sampled_from((0.25, 0.5, 1.0))))
     )  # some trees with ties
-    tree = TokenTree.of(tokens, parents, "context", draw(st.lists(score, min_size=n, max_size=n)))
-    tree.sources[:] = draw(st.lists(st.integers(0, len(SOURCES) - 1), min_size=n, max_size=n))
-    tree.matches[:] = draw(st.lists(st.integers(0, 40), min_size=n, max_size=n))
-    return tree
+    scores = draw(st.lists(score, min_size=n, max_size=n))
+    sources = draw(st.lists(st.integers(0, len(SOURCES) - 1), min_size=n, max_size=n))
+    matches = draw(st.lists(st.integers(0, 40), min_size=n, max_size=n))
+    return TokenTree.proposed(
+        np.array(tokens, np.int32),
+        np.array(parents, np.int32),
+        np.array(scores, np.float32),
+        np.array(sources, np.int8),
+        np.array(matches, np.int16),
+    )
 
 
 def path_of(tree: TokenTree, node: int) -> tuple[int, ...]:

@@ -1,0 +1,105 @@
+"""Retrieval in another process goes on while the draft model drafts: its time does not add to the round's."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from pipeline.acceptance import AcceptanceTable
+from pipeline.engine import Engine, EngineConfig
+from pipeline.lookup import Lookup
+from pipeline.methods import Proposers
+from pipeline.pace import Pace
+from pipeline.proposal import Draft, SlotView
+from pipeline.request import Request, SamplingParams
+from pipeline.rules import Rule
+from pipeline.search import SearchRetriever
+from pipeline.tree import TokenTree
+from tests.pipeline.toys import ToyDecoder, ToyTarget
+
+LATENCY = 0.005
+DRAFTING = 0.006
+ROUNDS = 60
+
+
+class SlowSearcher:
+    """Answers `latency` seconds after it was asked, as another process would.
+
+    Args:
+        is_early: claims to be ready at once, so that the engine asks before it drafts: retrieval in series.
+    """
+
+    def __init__(self, latency: float, is_early: bool = False) -> None:
+        self._latency = latency
+        self._is_early = is_early
+        self._asked = 0.0
+        self._num_contexts = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_early
+
+    def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
+        self._asked, self._num_contexts = time.perf_counter(), len(contexts)
+
+    def receive(self) -> Mapping[str, Lookup]:
+        time.sleep(max(self._asked + self._latency - time.perf_counter(), 0.0))
+        return {"corpus": Lookup.empty(self._num_contexts)}
+
+
+class SlowDrafter:
+    """A draft pass that takes its time and finds one token."""
+
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
+        time.sleep(DRAFTING)
+        return Draft([TokenTree.of([1], [-1], "draft")] * len(views))
+
+    def release(self, slot: int) -> None:
+        """It keeps nothing."""
+
+
+def round_seconds(searcher: SlowSearcher) -> float:
+    """Median seconds of a round."""
+    toy = ToyTarget(16, 32)
+    retriever = SearchRetriever([searcher], AcceptanceTable(), toy.vocabulary)
+    config = EngineConfig(num_slots=1, budget=4, prefill_chunk=64, max_context=200)
+    proposers = Proposers(SlowDrafter(), (retriever,), Rule())
+    engine = Engine(toy, ToyDecoder(), [], proposers, AcceptanceTable(), config)  # type: ignore[arg-type]
+    engine.submit(Request(0, (1, 2, 3), SamplingParams(max_new_tokens=ROUNDS)))
+    seconds = []
+    while engine.has_work:
+        begin = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begin)
+    assert 0 < engine._overhead < max(seconds), "seconds of a commit: the budget is tuned by them"
+    return float(np.median(seconds[2:]))
+
+
+def test_a_slow_search_costs_a_round_nothing_while_the_draft_model_works() -> None:
+    without = round_seconds(SlowSearcher(0.0))
+    beside, before = round_seconds(SlowSearcher(LATENCY)), round_seconds(SlowSearcher(LATENCY, is_early=True))
+    assert without > DRAFTING
+    if beside - without > 0.0005:  # another process may have had the core: once more
+        without, beside = round_seconds(SlowSearcher(0.0)), round_seconds(SlowSearcher(LATENCY))
+    assert beside - without <= 0.0005
+    assert before - without >= 0.004
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_an_answer_is_used_whether_it_comes_before_or_behind_the_draft(is_early: bool) -> None:
+    class Sure(SlowSearcher):
+        def receive(self) -> Mapping[str, Lookup]:
+            one = np.ones(self._num_contexts, np.int32)
+            offsets = np.arange(self._num_contexts + 1, dtype=np.int64)
+            return {"corpus": Lookup(9 * one, offsets, 4 * one, -one, one)}
+
+    toy = ToyTarget(16, 32)
+    retriever = SearchRetriever([Sure(0.0, is_early)], AcceptanceTable(), toy.vocabulary)
+    config = EngineConfig(num_slots=1, budget=4, prefill_chunk=64, max_context=200)
+    engine = Engine(  # type: ignore[arg-type]
+        toy, ToyDecoder(), [], Proposers(SlowDrafter(), (retriever,), Rule()), AcceptanceTable(), config
+    )
+    (done,) = engine.generate([Request(0, (1, 2, 3), SamplingParams(max_new_tokens=30))])
+    assert list(done.token_ids) == toy.continuation((1, 2, 3), 30)
+    assert done.accepted_by_source.get("corpus", 0) > 0 < done.accepted_by_source.get("draft", 0)
