@@ -69,7 +69,8 @@ class EngineLoop:
         """Moves new requests into the engine, waiting while there is nothing to do; False when it is time to stop."""
         with self._wake:
             while not (self._inbox or self._engine.has_work or self._stopping):
-                self._wake.wait()
+                with self._engine.phases("idle"):
+                    self._wake.wait()
             arrived = list(self._inbox)
             self._inbox.clear()
         for request, outcomes in arrived:

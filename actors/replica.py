@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from actors.loop import EngineLoop, Outcome
 from actors.parts import PartWriter, finish_shard
@@ -25,12 +25,12 @@ from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardSta
 from actors.searchers import RetrievalConfig
 from actors.sources import Sources, open_sources
 from pipeline.assemble import EngineOptions, build_engine
-from pipeline.errors import ConfigError, JobError, ModelError, RowError
-from pipeline.head import DraftHead
-from pipeline.head_files import is_head, load_head, shipped_head
+from pipeline.drafts import load_draft
+from pipeline.errors import ConfigError, JobError, RowError
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
+from pipeline.phases import Phases
 from pipeline.prompts import encode_messages, encode_prompt
 from pipeline.request import Generation, Request, SamplingParams
 
@@ -50,6 +50,7 @@ class ReplicaConfig:
         draft: model, or directory of a head, for the source `draft`; None is the head shipped for the target.
         retrieval: where the others are; None if the method needs none of them.
         num_threads: CPU threads of torch and numba; None leaves their default.
+        is_traced: keep the times of the newest rounds' phases, which `stop` returns.
     """
 
     model: str
@@ -71,6 +72,7 @@ class ReplicaConfig:
     retrieval: RetrievalConfig | None
     replica: int
     num_threads: int | None
+    is_traced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,7 @@ class Replica:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._sources: Sources | None = None
         self._vocab_size = 0
+        self._phases = Phases()
         self._request_ids = itertools.count()
         self._stats = ShardStats()
         self._stats_lock = threading.Lock()
@@ -117,9 +120,14 @@ class Replica:
         if config.retrieval is not None:
             self._sources = open_sources(config.retrieval, method.sources, self._vocab_size)
         searchers = self._sources.searchers if self._sources is not None else ()
-        draft = self._draft(model, resolved.hash) if "draft" in method.sources else None
+        draft = None
+        if "draft" in method.sources:
+            draft = load_draft(config.draft, model, resolved, trust_remote_code=config.trust_remote_code)
         engine = build_engine(model, tokenizer, method, options, searchers, draft)
         self._tokenizer = tokenizer
+        self._phases = engine.phases
+        if config.is_traced:
+            self._phases.keep_spans()
         self._loop = EngineLoop(engine)
         return ReplicaInfo(
             replica=config.replica,
@@ -169,31 +177,18 @@ class Replica:
         with self._stats_lock:
             return self._stats
 
-    def stop(self) -> None:
-        """Ends the engine's thread."""
-        if self._loop is not None:
-            self._loop.stop()
+    def stop(self) -> list[dict[str, Any]]:
+        """Ends the engine's thread; returns the events of its rounds, if they are traced."""
+        if self._loop is None:
+            return []
+        self._loop.stop()
+        return self._phases.events(self._config.replica)
 
     @property
     def _engine_loop(self) -> EngineLoop:
         if self._loop is None:
             raise JobError("run_shard was called before start.")
         return self._loop
-
-    def _draft(self, model: PreTrainedModel, target: str) -> PreTrainedModel | DraftHead:
-        """The draft model, or the head trained for this target."""
-        name = self._config.draft
-        if name is None:
-            head = shipped_head(target)
-            if head is None:
-                raise ModelError(
-                    f"No draft head for {self._config.model} comes with rasd on {platform.node()}; give --draft."
-                )
-            return load_head(head, model, target)
-        if is_head(name):
-            return load_head(Path(name), model, target)
-        trusted = self._config.trust_remote_code
-        return load_causal_lm(resolve_model(name), model.dtype, model.device, trust_remote_code=trusted)
 
     def _encode(self, row: InputRow) -> tuple[RowFailure | None, tuple[int, ...]]:
         """The row's prompt as token ids, or why there are none."""

@@ -147,6 +147,7 @@ class ModelBackend:
                 trust_remote_code=config.trust_remote_code,
                 replica=launch.replica,
                 num_threads=launch.placement.num_threads,
+                is_traced=config.trace is not None,
             ),
         )
 

@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError, DatastoreError, InputError, ModelError,
 COMMANDS = {
     "generate": ("jobs.generate", "generate text for a set of prompts, exactly once a row, resumable"),
     "train-draft": ("jobs.train_draft", "train a draft head on a target's own answers, resumable"),
+    "simulate": ("jobs.simulate", "play recorded generations through methods and budgets, without the target"),
     "datastore": ("jobs.datastore", "build, grow, show and check datastores for retrieval"),
 }
 

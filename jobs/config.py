@@ -49,6 +49,13 @@ class GenerateConfig(Options):
         le=1.0,
     )
     dry_run: bool = option(False, "input and output", "Print the plan and a memory estimate, then stop.")
+    trace: str | None = option(
+        None,
+        "input and output",
+        "File for the times of the replicas' rounds by phase, for Perfetto or chrome://tracing.",
+        metavar="FILE",
+        min_length=1,
+    )
     quiet: bool = option(False, "input and output", "No progress bar and no table; the last line is still printed.")
 
     model: str = option(
@@ -94,7 +101,7 @@ class GenerateConfig(Options):
         0, "sampling", "Seed of the job; each row's seed derives from it.", ge=-(1 << 63), le=(1 << 63) - 1
     )
 
-    method: str = option("auto", "speed", "Speculation method; auto takes the best that exists.", min_length=1)
+    method: str = option("auto", "speed", "How to speculate; auto is rasd, with all sources there are.", min_length=1)
     budget: Annotated[int, Field(ge=0)] | Auto = option(
         "auto", "speed", "Nodes verified a round and slot, besides the root."
     )

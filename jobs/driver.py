@@ -61,6 +61,9 @@ class DriverConfig:
 class Driver:
     """Runs shards until none is left.
 
+    Attributes:
+        events: of the replicas' rounds, once it has run, if they are traced.
+
     Args:
         shards: shards to do, with their rows; read lazily.
         commits: the open commit log.
@@ -81,6 +84,7 @@ class Driver:
         self._config = config
         self._seats = [Seat(replica, launch) for replica in range(config.num_replicas)]
         self._returned: deque[Work] = deque()
+        self.events: list[dict[str, Any]] = []
         self._warn_at = time.monotonic() + _WAITING_SECONDS
 
     def run(self) -> None:
@@ -102,7 +106,7 @@ class Driver:
             self._settle_done()
         finally:
             for seat in self._seats:
-                seat.stop()
+                self.events += seat.stop()
 
     @property
     def stats(self) -> ShardStats:

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -16,7 +17,20 @@ from pipeline.models import load_config, load_tokenizer, resolve_model, tokenize
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def model_facts(config: GenerateConfig) -> ModelFacts:
+class ModelOptions(Protocol):
+    """Options that name a target and what drafts for it."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def draft(self) -> str | None: ...
+
+
+def model_facts(config: ModelOptions) -> ModelFacts:
     """Resolve the target and its tokenizer.
 
     Raises:
@@ -34,7 +48,7 @@ def model_facts(config: GenerateConfig) -> ModelFacts:
     )
 
 
-def has_draft(config: GenerateConfig, facts: ModelFacts) -> bool:
+def has_draft(config: ModelOptions, facts: ModelFacts) -> bool:
     """Whether there is a draft for the target: the one that `--draft` names, or without it a shipped head.
 
     Raises:
@@ -48,7 +62,7 @@ def has_draft(config: GenerateConfig, facts: ModelFacts) -> bool:
     return True
 
 
-def _check_draft(name: str, config: GenerateConfig, facts: ModelFacts) -> None:
+def _check_draft(name: str, config: ModelOptions, facts: ModelFacts) -> None:
     if name == SHIPPED:
         if is_head(name):
             raise ConfigError(f"--draft is {name!r}, the head that comes with rasd; for the directory write ./{name}.")

@@ -28,12 +28,11 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
     began = time.monotonic()
     method_named(config.method)  # an unknown name is told before the inputs are read
     output = output_directory(config.output)
+    _check_trace(config.trace)
     inputs = open_inputs(config.prompts, text_column=config.text_column)
     facts = backend.facts(config)
     sources = backend.sources(config, facts)
-    # A head that merely comes with rasd yields to a datastore, a draft that was asked for does not.
-    is_asked_for = config.method == "auto" and config.draft is not None
-    method = method_named("draft" if is_asked_for else config.method, sources).name
+    method = method_named(config.method, sources).name
     plan = make_plan(config, inputs, facts, _binding(_recorded_plan(output), output))
     if config.dry_run:
         print_plan(plan, config, method, backend.memory(config))
@@ -49,6 +48,12 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
         plan = make_plan(config, inputs, facts, _binding(recorded, output))
         job = Job(config, backend, plan, facts, Retrieving(method, sources), output, lease)
         return job.run(inputs, (recorded or {}).get("attempts", []), began)
+
+
+def _check_trace(name: str | None) -> None:
+    """Refuses a trace that could not be written when the job is done."""
+    if name is not None and not os.access(Path(name).expanduser().absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--trace is {name!r}; its directory does not exist or cannot be written to. Choose another.")
 
 
 def output_directory(name: str) -> Path:

@@ -58,6 +58,7 @@ class Job:
         self._signals = StopSignals()
         self._commits: dict[int, Commit] = {}
         self._attempts: list[dict[str, Any]] = []
+        self._events: list[dict[str, Any]] = []  # of the replicas' rounds
         self._progress = Progress(plan.num_output_rows, is_quiet=config.quiet)
         self._total = ShardStats()
         self._run_stats = ShardStats()
@@ -145,6 +146,7 @@ class Job:
             )
             with self._progress.shown(done=self._total.rows):
                 driver.run()
+            self._events = driver.events
             for note in services.notes() if services is not None else ():
                 log.warning("%s", note)
 
@@ -168,6 +170,9 @@ class Job:
             "dtype": self._plan.fingerprint["dtype"],
             "output": str(self._output),
         }
+        if self._config.trace is not None and self._events:
+            trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
+            write_json(Path(self._config.trace).expanduser(), trace)
         record = job_record(state, self._total, self._run_stats, clock, facts)
         write_json(self._output / "report.json", record)
         if is_done:

@@ -172,14 +172,21 @@ class Seat:
             self._settled += value.stats
             yield Finished(value)
 
-    def stop(self) -> None:
-        """End the replica; an idle one may tidy up first."""
+    def stop(self) -> list[dict[str, Any]]:
+        """End the replica; an idle one may tidy up first, and tells the events of its rounds if they are traced."""
         if self._actor is None:
-            return
+            return []
+        events: list[dict[str, Any]] = []
         if self.is_ready and not self.working:
-            ray.wait([self._actor.stop.remote()], timeout=STOP_SECONDS)
+            try:
+                events = ray.get(self._actor.stop.remote(), timeout=STOP_SECONDS) or []
+            except RayError as error:
+                log.warning(
+                    "replica %d did not tell its trace before it was stopped: %s", self.replica, _first_line(error)
+                )
         ray.kill(self._actor)
         self._actor = None
+        return events
 
     def _lose(self, error: Exception) -> Lost:
         ray.kill(self._actor)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from datastore import Datastore
+from jobs.cli import main as rasd
 from jobs.commit import read_commits
 from pipeline.head_files import is_head
 
@@ -98,6 +99,36 @@ def test_submitted_job_runs_on_the_cluster(tmp_path: Path, prompts: Path, head: 
     assert table["row_index"].to_pylist() == list(range(9))
     assert table["status"].to_pylist() == ["ok"] * 8 + ["error"]
     assert all(table["text"].to_pylist()[:8])
+
+
+def test_outputs_are_traced_and_played_again(
+    tmp_path: Path, prompts: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Phases of every round are in the trace; a replay of the rows accepts tokens, the second time from its file."""
+    output, trace, recording = tmp_path / "out", tmp_path / "trace.json", tmp_path / "recording.npz"
+    words = ["--quiet", "--ray-address", cluster, "--method", "rasd", "--slots", "4", "--trace", str(trace)]
+    assert rasd(["generate", *options(prompts, output, *words)]) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {event["name"] for event in events} >= {"retrieve", "draft", "fuse", "select", "verify", "commit"}
+    assert all(event["ph"] == "X" and event["dur"] >= 0 and event["pid"] == 0 for event in events)
+    ends = [event["ts"] + event["dur"] for event in events]
+    assert all(end <= event["ts"] + 1 for end, event in zip(ends, events[1:], strict=False)), "phases do not overlap"
+
+    words = ["simulate", "--model", "smollm2-135m", "--answers", str(output), "--recording", str(recording)]
+    words += ["--dtype", "float32", "--methods", "plain", "draft", "rasd", "--budgets", "8", "auto"]
+    capsys.readouterr()
+    assert rasd(words) == 0
+    first = capsys.readouterr().out
+    record = json.loads(first.splitlines()[-1])
+    assert record["rows"] == 8 and recording.exists()
+    by_method = {(result["method"], result["budget"]): result for result in record["results"]}
+    assert by_method["plain", "auto"]["tau"] == by_method["plain", "auto"]["ratio_to_plain"] == 1.0
+    assert by_method["rasd", 8]["tau"] > 1.3 and "draft" in by_method["rasd", 8]["accepted"]
+    begin = time.monotonic()
+    assert rasd(words) == 0
+    assert capsys.readouterr().out == first and time.monotonic() - begin < 20
+    assert rasd([*words, "--num-rows", "3"]) == 2
+    assert "holds 8 rows" in capsys.readouterr().err
 
 
 def test_submitted_build_makes_a_datastore(tmp_path: Path, head: dict[str, str]) -> None:

@@ -1,0 +1,308 @@
+"""Recorded generations, and their replay through drafting and selection without the target or the draft model.
+
+The output does not depend on what is proposed, so a recording holds one output and, for every place of it, the whole
+tree that the draft model would have grown there. Any method and budget can then be played over it in the time that
+retrieval and bookkeeping take, on a clock that passes models by their measured times. A pace that expands a node which
+the full tree did not finds no children there.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from pipeline.acceptance import AcceptanceTable
+from pipeline.budget import StepTimes
+from pipeline.draft_tree import GrowingTree
+from pipeline.engine import Engine, EngineConfig
+from pipeline.errors import InputError
+from pipeline.growth import DraftOptions, Growth, drafted, levels
+from pipeline.methods import Method, build
+from pipeline.pace import Economy, Pace
+from pipeline.pages import PageRun
+from pipeline.proposal import Draft, SlotView
+from pipeline.request import Request, SamplingParams
+from pipeline.sampling import Choices
+from pipeline.scheduler import Work
+from pipeline.search import Searcher
+from pipeline.target import Forward, Target
+from pipeline.tree import TokenTree, places_in
+
+_PAGE_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the models took on the machine of the recording.
+
+    Attributes:
+        rows, seconds: of the target's passes, as measured at start.
+        level_fixed, level_row: seconds of a draft level, whatever its size and for each row.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    level_fixed: float
+    level_row: float
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTree:
+    """All that the draft model would say after one known text: tokens, parents [N] int32 and log-probabilities [N]."""
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    logprobs: np.ndarray
+
+
+def draft_key(tokens: np.ndarray, seed: int) -> bytes:
+    """What a draft depends on: the known tokens, [L] int32, and the noise of the sample."""
+    return seed.to_bytes(8, "little", signed=False) + tokens.tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Generations and the drafts at all their places.
+
+    Attributes:
+        source: what it was made from and with.
+        prompts, outputs: token ids.
+        params, seeds: of each request.
+        drafts: by `draft_key`.
+        vocab_size: of the target.
+    """
+
+    source: Mapping[str, Any]
+    prompts: Sequence[tuple[int, ...]]
+    outputs: Sequence[tuple[int, ...]]
+    params: SamplingParams
+    seeds: Sequence[int]
+    drafts: dict[bytes, RecordedTree]
+    options: DraftOptions
+    costs: Costs
+    vocab_size: int
+
+    def save(self, path: Path) -> None:
+        """One .npz file, whole or absent.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        places = {
+            draft_key(np.array([*prompt, *output[:end]], np.int32), self.seeds[row]): (row, end)
+            for row, (prompt, output) in enumerate(zip(self.prompts, self.outputs, strict=True))
+            for end in range(len(output))
+        }
+        items = [(places[key], tree) for key, tree in self.drafts.items() if key in places]
+        facts = {"vocab_size": self.vocab_size, "params": asdict(self.params), "seeds": list(self.seeds)}
+        facts |= {"source": dict(self.source), "options": asdict(self.options), "costs": asdict(self.costs)}
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
+        np.savez_compressed(
+            temporary,
+            facts=np.array(json.dumps(facts)),
+            prompts=np.concatenate([np.array(prompt, np.int32) for prompt in self.prompts]),
+            prompt_sizes=np.array([len(prompt) for prompt in self.prompts]),
+            outputs=np.concatenate([np.array(output, np.int32) for output in self.outputs]),
+            output_sizes=np.array([len(output) for output in self.outputs]),
+            places=np.array([place for place, _ in items], np.int32).reshape(-1, 2),
+            sizes=np.array([len(tree.tokens) for _, tree in items]),
+            tokens=_joined([tree.tokens for _, tree in items], np.int32),
+            parents=_joined([tree.parents for _, tree in items], np.int16),
+            logprobs=_joined([tree.logprobs for _, tree in items], np.float16),
+        )
+
+        temporary.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> "Recording":
+        """What `save` wrote.
+
+        Raises:
+            InputError: it is no whole recording.
+        """
+        try:
+            with np.load(path) as file:
+                arrays = dict(file)
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise InputError(
+                f"{path} is no recording that can be read: {error}. Remove it, or name another."
+            ) from error
+        if "facts" not in arrays:
+            raise InputError(f"{path} is no recording of rasd; name another file.")
+        facts = json.loads(str(arrays["facts"]))
+        prompts = _split(arrays["prompts"], arrays["prompt_sizes"])
+        outputs = _split(arrays["outputs"], arrays["output_sizes"])
+        columns = [_split(arrays[name], arrays["sizes"]) for name in ("tokens", "parents", "logprobs")]
+        drafts = {}
+        for (row, end), tokens, parents, logprobs in zip(arrays["places"].tolist(), *columns, strict=True):
+            known = np.concatenate([prompts[row], outputs[row][:end]]).astype(np.int32)
+            drafts[draft_key(known, facts["seeds"][row])] = RecordedTree(
+                tokens, parents.astype(np.int32), logprobs.astype(np.float32)
+            )
+        return Recording(
+            source=facts["source"],
+            prompts=[tuple(prompt.tolist()) for prompt in prompts],
+            outputs=[tuple(output.tolist()) for output in outputs],
+            params=SamplingParams(**_tuples(facts["params"])),
+            seeds=facts["seeds"],
+            drafts=drafts,
+            options=DraftOptions(**facts["options"]),
+            costs=Costs(**_tuples(facts["costs"])),
+            vocab_size=facts["vocab_size"],
+        )
+
+
+def _tuples(facts: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+
+
+def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype)
+
+
+def _split(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+class Clock:
+    """Seconds that pass only by what models are said to take."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class RecordedDrafter:
+    """Grows its trees from a recording, as far as the pace wants, and moves the clock by what the levels took."""
+
+    def __init__(self, recording: Recording, clock: Clock) -> None:
+        self._recording = recording
+        self._clock = clock
+
+    def release(self, slot: int) -> None:
+        """It keeps nothing of slots."""
+
+    def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
+        options, costs = self._recording.options, self._recording.costs
+        growths = {}
+        for index, view in enumerate(views):
+            depth = min(options.depth, view.max_depth)
+            if depth > 0 and draft_key(view.tokens, view.seed) in self._recording.drafts:
+                growths[index] = Growth(view, PageRun(), GrowingTree(options.width), depth)
+        for _, working in levels(growths, options, pace, self._clock):
+            rows = sum(growth.num_rows for growth in working.values())
+            self._clock.now += costs.level_fixed + costs.level_row * rows
+            for growth in working.values():
+                growth.tree.grow(*self._candidates(growth))
+        return Draft(drafted(growths, len(views), options))
+
+    def _candidates(self, growth: Growth) -> tuple[np.ndarray, np.ndarray]:
+        """What the draft model said after each node of the frontier, [F, k]; -inf where it was not asked."""
+        recorded = self._recording.drafts[draft_key(growth.view.tokens, growth.view.seed)]
+        tree = growth.tree
+        places = places_in(recorded.tokens, recorded.parents, tree.tokens, tree.parents)[tree.frontier + 1]
+        children = [np.flatnonzero(recorded.parents == place) for place in places]
+        logprobs = np.full((len(children), self._recording.options.branches), -np.inf, np.float32)
+        tokens = np.zeros(logprobs.shape, np.int64)
+        for row, nodes in enumerate(children):
+            logprobs[row, : len(nodes)] = recorded.logprobs[nodes]
+            tokens[row, : len(nodes)] = recorded.tokens[nodes]
+        return logprobs, tokens
+
+
+class _NoText:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str | list[str]:
+        return ""
+
+
+class ReplayEngine(Engine):
+    """An engine whose target says what it said when it was recorded.
+
+    Args:
+        method: any; its drafter is the recording's.
+        on_round: told of every tree that was proposed to a slot, of what was verified of it, of the target's choices
+            along it, and of the request's parameters.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        method: Method,
+        *,
+        num_slots: int = 1,
+        budget: int | None = None,
+        searchers: Sequence[Searcher] = (),
+        on_round: Callable[[TokenTree, TokenTree, np.ndarray, SamplingParams], None] | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self._recording = recording
+        self._on_round = on_round
+        self._true_times = StepTimes(recording.costs.rows, recording.costs.seconds)
+        times = StepTimes(recording.costs.rows, recording.costs.seconds) if budget is None else None
+        acceptance = AcceptanceTable()
+        economy = None if times is None else Economy(times, recording.options.depth)
+        drafter = RecordedDrafter(recording, self.clock) if "draft" in method.sources else None
+        proposers = build(method, acceptance, recording.vocab_size, searchers, drafter, economy)
+        longest = max(len(p) + len(o) for p, o in zip(recording.prompts, recording.outputs, strict=True)) + 1
+        num_pages = num_slots * (-(-longest // _PAGE_SIZE) + 4)
+        cache = SimpleNamespace(keys=np.empty((1, num_pages)), page_size=_PAGE_SIZE, move=lambda *_: None)
+        config = SimpleNamespace(vocab_size=recording.vocab_size)
+        target = SimpleNamespace(cache=cache, config=config, device=torch.device("cpu"))
+        engine = EngineConfig(num_slots, budget, prefill_chunk=1 << 30, max_context=longest)
+        eos: Any = ()
+        super().__init__(cast(Target, target), _NoText(), eos, proposers, acceptance, engine, times, clock=self.clock)
+
+    def requests(self, passages: Sequence[tuple[np.ndarray, ...]] = ()) -> list[Request]:
+        """The recorded requests; they end where their outputs did.
+
+        Args:
+            passages: found for each, see `Request`; none if empty.
+        """
+        recording = self._recording
+        found = passages or [()] * len(recording.prompts)
+        rows = zip(recording.prompts, recording.outputs, recording.seeds, found, strict=True)
+        return [
+            Request(row, prompt, replace(recording.params, max_new_tokens=len(output), ignore_eos=True), seed, texts)
+            for row, (prompt, output, seed, texts) in enumerate(rows)
+        ]
+
+    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+        self._scheduler.take_copies()
+        begins: list[int] = []
+        choices: list[int] = []
+        for item in work:
+            begins.append(len(choices) if item.run.wants_logits else -1)
+            if item.run.wants_logits:
+                choices += self._said(item)
+        rows = sum(len(item.run) for item in work if len(item.run.known) == 1)  # prefill costs every method the same
+        if rows:
+            self.clock.now += float(self._true_times(np.array([rows]))[0])
+        return Forward(torch.empty(0), begins), Choices(np.array(choices, np.int64), None)
+
+    def _said(self, item: Work) -> list[int]:
+        """The target's choice after the root and after each node; -1 where it was never asked."""
+        tree, slot = item.run.tree, item.slot
+        output = self._recording.outputs[slot.request.request_id][slot.num_output :]
+        said = [-1] * (len(tree) + 1)
+        said[0] = output[0]
+        node = -1
+        for place, token in enumerate(output[:-1]):
+            right = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
+            if not len(right):
+                break
+            node = int(right[0])
+            said[node + 1] = output[place + 1]
+        along = [token for token in said if token >= 0]
+        if slot.num_output and self._on_round is not None:
+            self._on_round(self._proposed[slot.number], tree, np.array(along), slot.request.params)
+        return said
