@@ -64,7 +64,7 @@ class RecordedTree:
 
 def draft_key(tokens: np.ndarray, seed: int) -> bytes:
     """What a draft depends on: the known tokens, [L] int32, and the noise of the sample."""
-    return seed.to_bytes(8, "little", signed=False) + tokens.tobytes()
+    return (seed % (1 << 64)).to_bytes(8, "little") + tokens.tobytes()
 
 
 @dataclass(frozen=True, slots=True)

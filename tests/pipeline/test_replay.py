@@ -24,7 +24,7 @@ PROMPTS = [tuple(prompt * 3) for prompt in prompts_for(41, 4)]
 
 def recording_of(params: SamplingParams) -> Recording:
     model, draft = tiny_model("llama"), tiny_model("llama")
-    return record(model, NoText(), draft, PROMPTS, params, range(len(PROMPTS)), OPTIONS, {"made": "here"})  # type: ignore[arg-type]
+    return record(model, NoText(), draft, PROMPTS, params, range(-2, len(PROMPTS) - 2), OPTIONS, {"made": "here"})  # type: ignore[arg-type]
 
 
 def really(name: str, params: SamplingParams, budget: int) -> list[Generation]:
@@ -32,7 +32,7 @@ def really(name: str, params: SamplingParams, budget: int) -> list[Generation]:
     method = replace(METHODS[name], sources=tuple(s for s in METHODS[name].sources if s in ("draft", "context")))
     drafter = draft if "draft" in method.sources else None
     engine = build_engine(model, NoText(), method, replace(OPTIONS, budget=budget), draft=drafter)  # type: ignore[arg-type]
-    requests = [Request(row, prompt, params, row) for row, prompt in enumerate(PROMPTS)]
+    requests = [Request(row, prompt, params, row - 2) for row, prompt in enumerate(PROMPTS)]
     return sorted(engine.generate(requests), key=lambda generation: generation.request_id)
 
 
