@@ -3,10 +3,11 @@
     python -m benchmarks.methods --prompts PROMPTS/*.jsonl --datastore STORE --slots 1 \\
         --methods plain context:8 corpus:8 draft:12 switch:16 rasd-fixed:16 rasd --output methods.json
 
-A method's name may be followed by its fixed budget, which `rasd simulate` finds on other prompts; without one it tunes
-itself. Every repeat begins with new engines: nothing is learned, cached or found from an earlier one. At one slot a
-sample is one prompt; at more, one batch of a task's prompts. The ratio over a set is that of summed times; its 95%
-interval is a bootstrap over the set's prompts, whose time is the median of its repeats.
+A method may keep some of its sources only (`rasd-fixed@draft+context`) and be followed by its fixed budget, which `rasd
+simulate` finds on other prompts; without one it tunes itself. Every repeat begins with new engines: nothing is learned,
+cached or found from an earlier one. At one slot a sample is one prompt; at more, one batch of a task's prompts. The
+ratio over a set is that of summed times; its 95% interval is a bootstrap over the set's prompts, whose time is the
+median of its repeats.
 """
 
 import random

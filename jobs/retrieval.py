@@ -22,7 +22,7 @@ from datastore.format import check_sizes, read_manifest
 from jobs.config import GenerateConfig
 from jobs.plan import ModelFacts
 from pipeline.errors import DatastoreError
-from pipeline.methods import METHODS
+from pipeline.methods import method_named
 
 _HIGH_LOAD = 0.7
 _STATS_SECONDS = 2.0
@@ -139,4 +139,4 @@ class RetrievalServices:
 
 def sources_of(method: str, provided: Collection[str]) -> frozenset[str]:
     """What a method uses of the sources that a job has."""
-    return frozenset(METHODS[method].sources) & frozenset(provided)
+    return frozenset(method_named(method).sources) & frozenset(provided)

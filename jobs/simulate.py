@@ -81,7 +81,7 @@ def simulate(config: SimulateConfig) -> int:
         provided |= {"corpus"} | ({"passages"} if config.passages else set())
     methods = [method_named(name, provided) for name in config.methods]  # a mistake is told before hours of recording
     facts = model_facts(config)
-    rows, sampling = _rows(config, facts)
+    rows, sampling = rows_of(config, facts)
     wanted = {source for method in methods for source in method.sources}
     store = None
     if config.datastore is not None and wanted & {"corpus", "passages"}:
@@ -154,7 +154,7 @@ def summary(done: Sequence[Generation]) -> dict[str, Any]:
     }
 
 
-def _rows(config: SimulateConfig, facts: ModelFacts) -> tuple[list[Row], SamplingParams]:
+def rows_of(config: SimulateConfig, facts: ModelFacts) -> tuple[list[Row], SamplingParams]:
     """The rows to play, and how they were sampled."""
     output = Path(config.answers)
     check_answers(output, facts.weights)

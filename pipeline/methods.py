@@ -113,14 +113,24 @@ def method_named(name: str, provided: Collection[str] = tuple(PROVIDED_BY)) -> M
     """The method called `name`; `auto` is `rasd` with what there is.
 
     Args:
+        name: `METHOD@SOURCE+SOURCE` leaves it with these sources only, for comparisons.
         provided: which sources of `PROVIDED_BY` there are; the method comes without the others.
 
     Raises:
-        ConfigError: there is none of that name, or the job has nothing for it to search.
+        ConfigError: there is none of that name, it has no such source, or the job has nothing for it to search.
     """
-    chosen = METHODS.get("rasd" if name == "auto" else name)
+    base, at, only = name.partition("@")
+    chosen = METHODS.get("rasd" if base == "auto" else base)
     if chosen is None:
         raise ConfigError(f"--method is {name!r}; it must be auto or one of {', '.join(METHODS)}.")
+    if at:
+        wanted = only.split("+")
+        if not set(wanted) <= set(chosen.sources):
+            raise ConfigError(
+                f"--method is {name!r}; behind the @ may stand {'+'.join(chosen.sources)} or some of them."
+            )
+        sources = tuple(source for source in chosen.sources if source in wanted)
+        chosen = replace(chosen, name=f"{chosen.name}@{'+'.join(sources)}", sources=sources)
     lacks = tuple(source for source in chosen.sources if source in PROVIDED_BY and source not in provided)
     if lacks and lacks == chosen.sources:
         raise ConfigError(f"--method is {name!r}, which needs {PROVIDED_BY[lacks[0]]}; give it, or choose another.")

@@ -61,6 +61,7 @@ def outputs_of(
             retrieval=retrieval,
             replica=0,
             num_threads=None,
+            is_traced=False,
         )
     )
     replica.start()
