@@ -92,7 +92,7 @@ def test_every_mode_gives_the_text_of_plain_decoding_in_fewer_rounds(
     words = ["--datastore", str(store), "--method", method, "--retrieval", mode, "--live", live]
     record = run(command(prompts, tmp_path / "out", cluster, *words, "--retrieval-deadline", "5000"))
     assert table_of(tmp_path / "out").select(EXACT).equals(table_of(plain).select(EXACT))
-    assert record["method"] == ("corpus" if method == "corpus" else "retrieval")
+    assert record["method"] == ("rasd" if method == "auto" else method)
     assert accepted(record)["corpus"] > 100, "of 240 tokens"
     assert float(str(record["tau"])) > 2.5
     assert record["retrieval_misses"] == 0
