@@ -25,7 +25,7 @@ from pipeline.pages import PageRun
 from pipeline.proposal import Drafter
 from pipeline.search import Searcher
 from pipeline.target import Target, kv_shape, max_context_of
-from pipeline.tree import EMPTY_TREE
+from pipeline.tree import TokenTree
 
 PAGE_SIZE = 32
 _CPU_SHARE = 0.25  # of available memory
@@ -147,7 +147,8 @@ def measure_step_times(target: Target) -> StepTimes:
     timed = [rows for rows in TIMED_ROWS if rows <= room]
     for rows in timed:
         pages = PageRun(pages=list(range(-(-rows // PAGE_SIZE))))
-        run = Run(np.zeros(rows, np.int32), EMPTY_TREE, 0, pages, True)
+        tree = TokenTree.of(range(1, rows), [-1] * (rows - 1), "draft")  # every row with logits, as in verification
+        run = Run(np.zeros(1, np.int32), tree, 0, pages, True)
         best = np.inf
         for _ in range(4):
             begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
 A node's value is the probability that it is accepted; a round of T rows takes the measured time t(T). Values fall
 along every path, so the n best nodes of all trees are always whole trees, and the best n is found by trying every n.
-It can be 0.
+It can be 0. In a round with prefill, whose time is lost anyway, rows are priced at the rate of a round without.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ def select(
 
     Args:
         trees: one a decoding slot.
-        budget: most nodes of each slot; None maximises expected tokens a second by `times`.
+        budget: most nodes of each slot; None maximises expected tokens a second of rounds without prefill by `times`.
         times: step-time model, needed without a budget.
         other_rows: rows this round computes anyway besides the decoding slots' roots (prefill).
         other_seconds: what this round takes anyway besides the forward pass (drafting, bookkeeping).
@@ -71,7 +71,10 @@ def select(
     ranked = joined[order]
     nodes = np.arange(len(ranked) + 1)
     tokens = len(trees) + np.concatenate([[0.0], np.cumsum(ranked)])
-    best = int(np.argmax(tokens / (times(other_rows + len(trees) + nodes) + other_seconds)))
+    rates = tokens / (times(len(trees) + nodes) + other_seconds)
+    best = int(np.argmax(rates))
+    if other_rows:  # prefill has to be paid in any case: a node must earn its own time at the rate of other rounds
+        best = int(np.argmax(tokens - rates[best] * times(other_rows + len(trees) + nodes)))
     keep = np.zeros(len(ranked), np.bool_)
     keep[order[:best]] = True
     ends = np.cumsum([len(tree) for tree in trees])[:-1]

@@ -38,10 +38,16 @@ def value_of(tree: TokenTree) -> float:
     return float(path_values(tree.parents, tree.scores).astype(np.float64).sum())
 
 
-def rate(chosen: list[TokenTree], times: StepTimes, other_rows: int) -> float:
-    """Expected tokens a second of a round: every slot's bonus token and the nodes likely to be accepted."""
+def tokens_and_seconds(chosen: list[TokenTree], times: StepTimes, other_rows: int = 0) -> tuple[float, float]:
+    """What a round promises, every slot's bonus token and the nodes likely to be accepted, and what it takes."""
     rows = other_rows + len(chosen) + sum(len(tree) for tree in chosen)
-    return (len(chosen) + sum(value_of(tree) for tree in chosen)) / float(times(np.array([rows]))[0])
+    return len(chosen) + sum(value_of(tree) for tree in chosen), float(times(np.array([rows]))[0])
+
+
+def rate(chosen: list[TokenTree], times: StepTimes) -> float:
+    """Expected tokens a second of a round without prefill."""
+    tokens, seconds = tokens_and_seconds(chosen, times)
+    return tokens / seconds
 
 
 def closed_subsets(tree: TokenTree) -> list[np.ndarray]:
@@ -72,26 +78,29 @@ def test_no_other_choice_of_nodes_is_faster(some: list[TokenTree], times: StepTi
     for part, tree in zip(chosen, some, strict=True):
         assert_whole_paths(part, tree)
     values = [path_values(tree.parents, tree.scores).astype(np.float64) for tree in some]
-    best = 0.0
+    choices = []  # tokens, seconds without and with the prefill
     for masks in itertools.product(*(closed_subsets(tree) for tree in some)):
-        rows = other_rows + len(some) + sum(int(mask.sum()) for mask in masks)
+        rows = len(some) + sum(int(mask.sum()) for mask in masks)
         tokens = len(some) + sum(float(value[mask].sum()) for value, mask in zip(values, masks, strict=True))
-        best = max(best, tokens / float(times(np.array([rows]))[0]))
-    assert rate(chosen, times, other_rows) == pytest.approx(best, rel=1e-6)
+        choices.append((tokens, *times(np.array([rows, other_rows + rows])).tolist()))
+    best = max(tokens / seconds for tokens, seconds, _ in choices)
+    if other_rows == 0:
+        assert rate(chosen, times) == pytest.approx(best, rel=1e-6)
+    tokens, seconds = tokens_and_seconds(chosen, times, other_rows)
+    net = max(tokens - best * seconds for tokens, _, seconds in choices)
+    assert tokens - best * seconds == pytest.approx(net, rel=1e-6, abs=1e-6)
 
 
 @bounded
-@given(some_trees, step_times(), st.integers(0, 64))
-def test_a_tuned_budget_is_never_slower_than_none_or_all(
-    some: list[TokenTree], times: StepTimes, other_rows: int
-) -> None:
-    chosen = select(some, None, times, other_rows)
+@given(some_trees, step_times())
+def test_a_tuned_budget_is_never_slower_than_none_or_all(some: list[TokenTree], times: StepTimes) -> None:
+    chosen = select(some, None, times)
     for part, tree in zip(chosen, some, strict=True):
         assert_whole_paths(part, tree)
     none = [TokenTree.of((), (), "context")] * len(some)
-    speed = rate(chosen, times, other_rows) * (1 + 1e-6)
-    assert speed >= rate(none, times, other_rows)
-    assert speed >= rate(some, times, other_rows)
+    speed = rate(chosen, times) * (1 + 1e-6)
+    assert speed >= rate(none, times)
+    assert speed >= rate(some, times)
 
 
 def test_slots_with_equal_candidates_stop_where_a_node_stops_paying() -> None:
@@ -107,6 +116,14 @@ def test_likely_chains_are_taken_whole_and_hopeless_ones_left() -> None:
     hopeless = TokenTree.of([1, 2, 3, 4], [-1, 0, 1, 2], "context", [0.01] * 4)
     times = StepTimes((1, 2, 64), (0.01, 0.0105, 0.0415))
     assert [len(tree) for tree in select([likely, hopeless], None, times)] == [4, 0]
+
+
+def test_a_long_prefill_makes_no_unlikely_node_worth_its_row() -> None:
+    """Half a second of prefill is lost anyway; a row of a millisecond at 100 tokens a second must bring a tenth."""
+    times = StepTimes((1, 64, 512), (0.01, 0.073, 0.521))
+    unlikely = TokenTree.of([1, 2, 3], [-1, -1, -1], "context", [0.5, 0.08, 0.05])
+    assert [len(tree) for tree in select([unlikely], None, times)] == [1]
+    assert [len(tree) for tree in select([unlikely], None, times, other_rows=500)] == [1]
 
 
 def test_empty_trees_need_no_times() -> None:
