@@ -10,6 +10,7 @@ from queue import SimpleQueue
 
 from pipeline.engine import Engine
 from pipeline.errors import JobError, RowError
+from pipeline.phases import Phases
 from pipeline.request import Generation, Request
 
 
@@ -36,6 +37,11 @@ class EngineLoop:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+
+    @property
+    def phases(self) -> Phases:
+        """Where the engine's time goes; read it when the loop has stopped."""
+        return self._engine.phases
 
     def submit(self, request: Request, outcomes: "SimpleQueue[Outcome]") -> None:
         """Queues a request; its outcome will be put into `outcomes`, from another thread."""

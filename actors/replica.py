@@ -30,7 +30,6 @@ from pipeline.errors import ConfigError, JobError, RowError
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.noise import row_seed
-from pipeline.phases import Phases
 from pipeline.prompts import encode_messages, encode_prompt
 from pipeline.request import Generation, Request, SamplingParams
 
@@ -91,7 +90,6 @@ class Replica:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._sources: Sources | None = None
         self._vocab_size = 0
-        self._phases = Phases()
         self._request_ids = itertools.count()
         self._stats = ShardStats()
         self._stats_lock = threading.Lock()
@@ -125,9 +123,8 @@ class Replica:
             draft = load_draft(config.draft, model, resolved, trust_remote_code=config.trust_remote_code)
         engine = build_engine(model, tokenizer, method, options, searchers, draft)
         self._tokenizer = tokenizer
-        self._phases = engine.phases
         if config.is_traced:
-            self._phases.keep_spans()
+            engine.phases.keep_spans()
         self._loop = EngineLoop(engine)
         return ReplicaInfo(
             replica=config.replica,
@@ -182,7 +179,7 @@ class Replica:
         if self._loop is None:
             return []
         self._loop.stop()
-        return self._phases.events(self._config.replica)
+        return self._loop.phases.events(self._config.replica)
 
     @property
     def _engine_loop(self) -> EngineLoop:

@@ -146,7 +146,7 @@ class RetrievalService:
     def _load(self) -> None:
         config = self._config
         try:
-            if self._live is not None and config.output is not None:
+            if self._live is not None:
                 self._live.append(committed_outputs(config.output, config.live_capacity))
             if config.datastore is not None and config.sources & {"corpus", "passages"}:
                 has_passages = "passages" in config.sources

@@ -40,7 +40,7 @@ class RetrievalConfig:
         tokenizer: hash that the datastore's must equal.
         live_capacity: tokens that a live store keeps.
         num_passages: passages looked up for each prompt.
-        output: the job's output directory, whose committed rows a live store starts from; None without one.
+        output: the job's output directory, whose committed rows a live store starts from.
         services: handles of retrieval services by node id, or one under the empty name; empty if all is in process.
         deadline: seconds that a round may wait for a service.
     """
@@ -51,7 +51,7 @@ class RetrievalConfig:
     tokenizer: str
     live_capacity: int
     num_passages: int
-    output: str | None
+    output: str
     services: Mapping[str, Any]
     deadline: float
 

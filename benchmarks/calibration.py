@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from actors.searchers import RetrievalConfig
-from actors.sources import open_sources
 from benchmarks.common import report
+from datastore import Datastore
+from jobs.simulate import local_search, run
 from pipeline.calibration import NUM_WEIGHTS, _accumulate, first_weights, shipped_weights
 from pipeline.methods import method_named
-from pipeline.models import load_tokenizer, resolve_model, tokenizer_hash
 from pipeline.replay import Recording, ReplayEngine
 from pipeline.request import SamplingParams
 from pipeline.tree import SOURCES, TokenTree
@@ -49,7 +48,6 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("what", choices=("fit", "measure"))
     arguments.add_argument("--recordings", type=Path, nargs="+", required=True, help="files of `rasd simulate`")
-    arguments.add_argument("--model", default="smollm2-135m")
     arguments.add_argument("--datastore", help="searched, too")
     arguments.add_argument("--budget", type=int, default=16)
     arguments.add_argument("--epochs", type=int, default=30)
@@ -81,23 +79,16 @@ def main() -> None:
 
 def play(recording: Recording, options: Any) -> list[Round]:
     """The rounds of RASD over a recording, with all sources there are."""
-    provided = {"draft", "live"} | ({"corpus", "passages"} if options.datastore else set())
-    method = method_named("rasd", provided)
-    tokenizer = tokenizer_hash(load_tokenizer(resolve_model(options.model)))
-    where = RetrievalConfig("in-process", options.datastore, None, tokenizer, 1 << 22, 0, None, {}, 10.0)
-    sources = open_sources(where, method.sources, recording.vocab_size)
+    store = Datastore.open(options.datastore, dense=False) if options.datastore else None
+    method = method_named("rasd", {"draft", "live"} | ({"corpus"} if store is not None else set()))
+    searchers, live = local_search(method, store, recording.vocab_size)
     rounds: list[Round] = []
 
     def keep(proposed: TokenTree, verified: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
         rounds.append(Round(proposed, verified, choices, not params.is_greedy))
 
-    engine = ReplayEngine(recording, method, budget=options.budget, searchers=sources.searchers, on_round=keep)
-    for request in engine.requests():
-        engine.submit(request)
-    while engine.has_work:
-        finished = engine.step()
-        if sources.sink is not None and finished:
-            sources.sink.append([np.asarray(generation.token_ids, np.int32) for generation in finished])
+    engine = ReplayEngine(recording, method, budget=options.budget, searchers=searchers, on_round=keep)
+    run(engine, engine.requests(), live)
     return rounds
 
 

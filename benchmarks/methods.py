@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.searchers import LocalSearcher
 from benchmarks.common import Prompt, load, load_prompts, parser, report
 from datastore import Datastore, LiveStore
+from jobs.simulate import local_search, run
 from pipeline.assemble import EngineOptions, build_engine
 from pipeline.drafts import load_draft
 from pipeline.engine import Engine
@@ -104,25 +104,15 @@ def _renew(contender: Contender, options: Any, name: str, store: Datastore | Non
     method = method_named(method_name, provided)
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
     draft = load_draft(options.draft, model, resolve_model(options.model)) if "draft" in method.sources else None
-    contender.live = LiveStore(model.config.vocab_size) if "live" in method.sources else None
-    searcher = LocalSearcher(store if "corpus" in method.sources else None, contender.live)
-    searchers = (searcher,) if {"corpus", "live"} & set(method.sources) else ()
+    searchers, contender.live = local_search(method, store, model.config.vocab_size)
     chosen = EngineOptions(num_slots=options.slots, budget=int(budget) if budget else None, max_context=2048)
     contender.engine = build_engine(model, tokenizer, method, chosen, searchers, draft)
 
 
 def _run(contender: Contender, sample: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-    engine = contender.engine
-    assert engine is not None
-    done: list[Generation] = []
-    for i, prompt in enumerate(sample):
-        engine.submit(Request(i, prompt.ids, params, seed=i))
-    while engine.has_work:
-        finished = engine.step()
-        done += finished
-        if finished and contender.live is not None:
-            contender.live.append([np.asarray(g.token_ids, np.int32) for g in finished])
-    return done
+    assert contender.engine is not None
+    requests = [Request(i, prompt.ids, params, seed=i) for i, prompt in enumerate(sample)]
+    return run(contender.engine, requests, contender.live)
 
 
 def _random_words(count: int) -> list[Prompt]:

@@ -181,9 +181,7 @@ class Seat:
             try:
                 events = ray.get(self._actor.stop.remote(), timeout=STOP_SECONDS) or []
             except RayError as error:
-                log.warning(
-                    "replica %d did not tell its trace before it was stopped: %s", self.replica, _first_line(error)
-                )
+                log.warning("replica %d did not stop in time: %s", self.replica, _first_line(error))
         ray.kill(self._actor)
         self._actor = None
         return events

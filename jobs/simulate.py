@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,19 @@ from jobs.options import Parser, add_options, build_config
 from jobs.plan import ModelFacts
 from jobs.readers.stream import reading
 from jobs.simulate_config import SimulateConfig
-from jobs.training_data import check_answers
+from jobs.training_data import check_answers, prompt_ids
 from pipeline.assemble import EngineOptions
 from pipeline.digests import files_sha256
 from pipeline.drafts import load_draft
+from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.head_files import CONFIG, WEIGHTS, is_head, shipped_head
 from pipeline.methods import Method, method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
-from pipeline.prompts import encode_messages, encode_prompt
 from pipeline.record import record
-from pipeline.replay import Recording, ReplayEngine
-from pipeline.request import Generation, SamplingParams
+from pipeline.replay import Recording, ReplayEngine, with_tuples
+from pipeline.request import Generation, Request, SamplingParams
+from pipeline.search import Searcher
 
 _RECORDED_SLOTS = 16
 
@@ -120,18 +121,9 @@ def play(
         budget: None tunes it.
         passages: of each row; used if the method has that source.
     """
-    live = LiveStore(recording.vocab_size) if "live" in method.sources else None
-    searcher = LocalSearcher(store if "corpus" in method.sources else None, live)
-    searchers = (searcher,) if {"corpus", "live"} & set(method.sources) else ()
+    searchers, live = local_search(method, store, recording.vocab_size)
     engine = ReplayEngine(recording, method, num_slots=slots, budget=budget, searchers=searchers)
-    for request in engine.requests(passages if "passages" in method.sources else ()):
-        engine.submit(request)
-    done: list[Generation] = []
-    while engine.has_work:
-        finished = engine.step()
-        done += finished
-        if live is not None and finished:
-            live.append([np.asarray(generation.token_ids, np.int32) for generation in finished])
+    done = run(engine, engine.requests(passages if "passages" in method.sources else ()), live)
     tasks = sorted({row.task for row in rows})
     by_task = {task: [g for g in done if rows[g.request_id].task == task] for task in tasks}
     return {
@@ -141,6 +133,29 @@ def play(
         "tokens_per_second": round(sum(len(g.token_ids) for g in done) / engine.clock.now, 2),
         "by_task": {task: summary(generations) for task, generations in by_task.items()},
     }
+
+
+def local_search(
+    method: Method, store: Datastore | None, vocab_size: int
+) -> tuple[tuple[Searcher, ...], LiveStore | None]:
+    """What searches a method's sources in this process, and its live store, empty, if it has that source."""
+    live = LiveStore(vocab_size) if "live" in method.sources else None
+    if not {"corpus", "live"} & set(method.sources):
+        return (), None
+    return (LocalSearcher(store if "corpus" in method.sources else None, live),), live
+
+
+def run(engine: Engine, requests: Iterable[Request], live: LiveStore | None) -> list[Generation]:
+    """Generates for all requests, in the order in which they end; a finished output can be found at once."""
+    done: list[Generation] = []
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        finished = engine.step()
+        done += finished
+        if live is not None and finished:
+            live.append([np.asarray(generation.token_ids, np.int32) for generation in finished])
+    return done
 
 
 def summary(done: Sequence[Generation]) -> dict[str, Any]:
@@ -176,18 +191,14 @@ def rows_of(config: SimulateConfig, facts: ModelFacts) -> tuple[list[Row], Sampl
 
 
 def _row(row: Mapping[str, Any], tokenizer: Any) -> Row:
-    task = str(row.get("task") or "")
-    if row.get("messages") is not None:
-        messages = row["messages"]
-        return Row(encode_messages(tokenizer, messages), str(messages[-1]["content"]), row["seed"], task)
-    return Row(encode_prompt(tokenizer, row["prompt"]), row["prompt"], row["seed"], task)
+    messages = row.get("messages")
+    question = row["prompt"] if messages is None else str(messages[-1]["content"])
+    return Row(prompt_ids(row, tokenizer), question, row["seed"], str(row.get("task") or ""))
 
 
 def _sampling(fingerprint: Mapping[str, Any]) -> SamplingParams:
     """The sampling parameters that a plan's fingerprint holds."""
-    known: dict[str, Any] = {field.name: fingerprint[field.name] for field in fields(SamplingParams)}
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
-    return SamplingParams(**values)
+    return SamplingParams(**with_tuples({field.name: fingerprint[field.name] for field in fields(SamplingParams)}))
 
 
 def _recording(config: SimulateConfig, facts: ModelFacts, rows: Sequence[Row], sampling: SamplingParams) -> Recording:

@@ -1,7 +1,8 @@
 """What a head learns from: outputs of generation jobs, their prompts tokenised again, and documents."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -98,11 +99,15 @@ def _examples(part: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Exampl
     for row in rows:
         if row["status"] != "ok" or len(row["token_ids"]) < _MIN_OUTPUT:
             continue
-        if row.get("messages") is not None:
-            prompt = encode_messages(tokenizer, row["messages"])
-        else:
-            prompt = encode_prompt(tokenizer, row["prompt"])
+        prompt = prompt_ids(row, tokenizer)
         yield Example(np.array([*prompt, *row["token_ids"]], np.int32), len(prompt))
+
+
+def prompt_ids(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The prompt of a job's output row as token ids."""
+    if row.get("messages") is not None:
+        return encode_messages(tokenizer, row["messages"])
+    return encode_prompt(tokenizer, row["prompt"])
 
 
 def split(examples: Sequence[Example], held_out: int) -> tuple[list[Example], list[Example]]:

@@ -96,7 +96,7 @@ def levels(
         num_rows = sum(growth.num_rows + (growth.num_behind if level == 0 else 0) for growth in working.values())
         begin = clock()
         yield level, working
-        pace.took(level, num_rows, clock() - begin)
+        pace.took(num_rows, clock() - begin)
 
 
 def grow(

@@ -39,7 +39,7 @@ class Pace(Protocol):
         """Which nodes of each tree's frontier to expand, [F] bool; a tree left out grows no further."""
         ...
 
-    def took(self, level: int, num_rows: int, seconds: float) -> None:
+    def took(self, num_rows: int, seconds: float) -> None:
         """A level has been computed."""
         ...
 
@@ -58,7 +58,7 @@ class FullPace:
             if self._wanted is None or index in self._wanted
         }
 
-    def took(self, level: int, num_rows: int, seconds: float) -> None:
+    def took(self, num_rows: int, seconds: float) -> None:
         """It does not matter."""
 
 
@@ -236,7 +236,7 @@ class EconomicPace:
         self.num_expanded[level] = sum(part.sum() for part in chosen.values())
         return {index: part for index, part in chosen.items() if part.any()}
 
-    def took(self, level: int, num_rows: int, seconds: float) -> None:
+    def took(self, num_rows: int, seconds: float) -> None:
         self._economy.observe_level(num_rows, seconds)
 
     def _uncovered(self, index: int, tree: GrowingTree) -> np.ndarray:

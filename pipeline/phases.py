@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PHASES = ("retrieve", "draft", "fuse", "select", "verify", "commit", "idle")
 MOST_SPANS = 200_000  # about 30,000 rounds, 20 MB
 
 

@@ -28,7 +28,7 @@ class _TimedPace(FullPace):
         super().__init__()
         self._times = times
 
-    def took(self, level: int, num_rows: int, seconds: float) -> None:
+    def took(self, num_rows: int, seconds: float) -> None:
         self._times.observe(num_rows, seconds)
 
 

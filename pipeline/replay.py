@@ -150,17 +150,17 @@ class Recording:
             source=facts["source"],
             prompts=[tuple(prompt.tolist()) for prompt in prompts],
             outputs=[tuple(output.tolist()) for output in outputs],
-            params=SamplingParams(**_tuples(facts["params"])),
+            params=SamplingParams(**with_tuples(facts["params"])),
             seeds=facts["seeds"],
             drafts=drafts,
             options=DraftOptions(**facts["options"]),
-            costs=Costs(**_tuples(facts["costs"])),
+            costs=Costs(**with_tuples(facts["costs"])),
             vocab_size=facts["vocab_size"],
         )
 
 
-def _tuples(facts: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only."""
+def with_tuples(facts: dict[str, Any]) -> dict[str, Any]:
+    """Values read from JSON, which knows lists only."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
