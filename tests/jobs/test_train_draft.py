@@ -14,6 +14,7 @@ import pytest
 from jobs.cli import main
 from jobs.commit import read_commits
 from jobs.training_data import absolute, split
+from pipeline.models import load_tokenizer, resolve_model
 from pipeline.training.data import Example
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,30 @@ def test_a_head_of_another_target_is_refused(tmp_path: Path, prompts: Path, caps
     options = ["--model", "smollm2-135m", "--prompts", str(prompts), "--output", str(tmp_path / "out")]
     assert main(["generate", *options, "--draft", str(tmp_path / "head")]) == 2
     assert "was trained for the target 0000000000000000" in capsys.readouterr().err
+
+
+def test_a_draft_model_must_have_the_targets_tokenizer(
+    tmp_path: Path, prompts: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The target's own weights draft for it; with one more token in their vocabulary they are refused."""
+    resolved = resolve_model("smollm2-135m")
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    for file in Path(resolved.path).iterdir():
+        (draft / file.name).symlink_to(file)
+    options = ["--model", "smollm2-135m", "--prompts", str(prompts), "--draft", str(draft), "--method", "draft"]
+    options += ["--max-new-tokens", "8", "--max-context", "256", "--budget", "4", "--ray-address", cluster, "--quiet"]
+    assert main(["generate", *options, "--output", str(tmp_path / "out")]) == 0
+    record = record_of(capsys.readouterr().out)
+    assert record["errors"] == 0 and record["tau"] > 2.0, "it drafts what it says itself"
+
+    tokenizer = load_tokenizer(resolved)
+    tokenizer.add_tokens(["<one more>"])
+    for file in draft.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(draft)
+    assert main(["generate", *options, "--output", str(tmp_path / "other")]) == 2
+    assert "a draft model must have the target's" in capsys.readouterr().err
 
 
 def test_no_prompt_that_is_held_out_is_learned_from() -> None:
