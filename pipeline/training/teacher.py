@@ -12,7 +12,8 @@ from pipeline.training.data import Example, padded, span
 from pipeline.training.lessons import NUM_TOP, Lesson, LessonCache
 from pipeline.training.unrolled import Batch
 
-_ROWS = 256  # whose scores of the whole vocabulary are held in fp32 at once
+_ROWS = {"cpu": 256}  # whose scores of the whole vocabulary are held in fp32 at once; elsewhere:
+_MANY_ROWS = 2048
 
 
 class Teacher:
@@ -41,32 +42,53 @@ class Teacher:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Sequences with what the target says of them; one forward pass for those that are not in the cache."""
-        lessons = [self._cache.get(example) if self._cache is not None else None for example in examples]
+        if self._cache is None:
+            return self._asked(examples)
+        lessons = [self._cache.get(example) for example in examples]
         missing = [number for number, lesson in enumerate(lessons) if lesson is None]
         if missing:
             for number, lesson in zip(missing, self._lessons([examples[n] for n in missing]), strict=True):
                 lessons[number] = lesson
-                if self._cache is not None:
-                    self._cache.put(examples[number], lesson)
+                self._cache.put(examples[number], lesson)
         return self._joined(examples, [lesson for lesson in lessons if lesson is not None])
 
-    @torch.no_grad()
-    def _lessons(self, examples: Sequence[Example]) -> list[Lesson]:
+    def _asked(self, examples: Sequence[Example]) -> Batch:
+        """Without leaving the device."""
         token_ids, places = (tensor.to(self._model.device) for tensor in padded(examples, self._length))
+        states, ids, probabilities, best = self._says(token_ids, places)
+        lengths = torch.tensor([span(example, self._length)[0] for example in examples])
+        width = token_ids.shape[1]
+        padding = (width - lengths).to(self._model.device)
+        place = torch.arange(width, device=self._model.device) - padding[:, None]  # shorter sequences to the end
+        token_ids = token_ids.gather(1, place % width)
+        states = states.gather(1, (place % width)[..., None].expand_as(states))
+        states = torch.where((place >= 0)[..., None], states, 0.0)
+        places = torch.stack([places[:, 0], places[:, 1] + padding[places[:, 0]]], dim=1)
+        return Batch(token_ids, padding, states, places, ids.long(), probabilities.float(), best.long())
+
+    @torch.no_grad()
+    def _says(self, token_ids: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """States of all tokens, padding's too; then likeliest draft tokens, probabilities and choice at the places."""
         first = int(places[:, 1].min())  # the output matrix is wide: prompts that all share are left out
         logits = self._model(input_ids=token_ids, use_cache=False, logits_to_keep=token_ids.shape[1] - first).logits
         states = self._tap.take()
         ids, probabilities, best = [], [], []
-        for begin in range(0, len(places), _ROWS):
-            row, place = places[begin : begin + _ROWS].unbind(1)
+        at_once = _ROWS.get(token_ids.device.type, _MANY_ROWS)
+        for begin in range(0, len(places), at_once):
+            row, place = places[begin : begin + at_once].unbind(1)
             scores = logits[row, place - first].float()
             top = scores[:, self._token_ids].topk(NUM_TOP, dim=-1)
             ids.append(top.indices.int())
             probabilities.append((top.values - scores.logsumexp(-1, keepdim=True)).exp().half())
             best.append(self._draft_id[scores.argmax(-1)])
+        return states, torch.cat(ids), torch.cat(probabilities), torch.cat(best)
+
+    def _lessons(self, examples: Sequence[Example]) -> list[Lesson]:
+        token_ids, places = (tensor.to(self._model.device) for tensor in padded(examples, self._length))
+        states, *said = self._says(token_ids, places)
         spans = [span(example, self._length) for example in examples]
         counts = [kept - begin for kept, begin in spans]
-        taught = (torch.split(torch.cat(parts), counts) for parts in (ids, probabilities, best))
+        taught = (torch.split(part, counts) for part in said)
         kept_states = [states[row, :kept] for row, (kept, _) in enumerate(spans)]
         return [Lesson(*(part.cpu() for part in parts)) for parts in zip(kept_states, *taught, strict=True)]
 
