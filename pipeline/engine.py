@@ -15,7 +15,6 @@ from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
 from pipeline.errors import RowError
 from pipeline.methods import Proposers
-from pipeline.packing import Run
 from pipeline.pages import PagePool, pool_index
 from pipeline.phases import Phases
 from pipeline.proposal import Committed, FeatureDrafter, SlotView
@@ -216,6 +215,7 @@ class Engine:
         finished: list[Generation] = []
         moves: list[tuple[np.ndarray, np.ndarray]] = []
         committed: list[Committed] = []
+        state_rows: list[np.ndarray] = []
         for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
             slot, run = item.slot, item.run
             accepted = np.empty(0, np.int32)
@@ -226,11 +226,15 @@ class Engine:
                 moves.append(self._keep(slot, run.cached + len(run.known), accepted))
                 slot.cached += len(run.known) + len(accepted)
             if forward.states is not None:
-                committed.append(_committed(slot, run, accepted, forward.states[forward.state_begin[i] :]))
+                rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
+                tokens = slot.known[run.cached : run.cached + len(rows)]
+                committed.append(Committed(slot.number, slot.pages, run.cached, tokens))
+                state_rows.append(forward.state_begin[i] + rows)
             self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
         self._move(moves)
-        if self._reader is not None:
-            self._reader.commit(committed)
+        if self._reader is not None and forward.states is not None and committed:
+            index = torch.from_numpy(np.concatenate(state_rows)).to(self.target.device)
+            self._reader.commit(committed, forward.states[index])
         for item in work:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
@@ -273,10 +277,3 @@ class Engine:
             source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self.target.device)
             target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self.target.device)
             self.target.cache.move(source, target)
-
-
-def _committed(slot: Slot, run: Run, accepted: np.ndarray, states: torch.Tensor) -> Committed:
-    """What a round has committed of a run whose states begin at `states`' first row."""
-    rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
-    tokens = slot.known[run.cached : run.cached + len(rows)]
-    return Committed(slot.number, slot.pages, run.cached, tokens, states[torch.from_numpy(rows).to(states.device)])

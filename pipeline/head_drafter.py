@@ -1,8 +1,8 @@
 """The drafter `head`: trees of a draft head, whose keys and values lie in the target's own pages.
 
 A token's entry in the head's cache depends on the tokens up to it alone, as the target's does; so pages that slots
-share, copy and release are the head's too, and nothing is ever caught up. Entries of committed tokens are written as
-soon as the target has computed them. What is drafted goes to scratch pages behind the pool.
+share, copy and release are the head's too. Entries of committed tokens wait in `HeadEntries` until a draft is wanted.
+What is drafted goes to scratch pages behind the pool.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,11 @@ from pipeline.attention import AttentionContext, rasd_attention
 from pipeline.draft_tree import GrowingTree
 from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
+from pipeline.head_entries import HeadEntries
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.pace import Pace
 from pipeline.packing import PackedRow, Run, pack
-from pipeline.pages import PageRun, pool_index
+from pipeline.pages import PageRun
 from pipeline.proposal import Committed, Draft, SlotView
 from pipeline.tree import EMPTY_TREE
 
@@ -52,38 +53,19 @@ class HeadDrafter:
         shape = KVShape(1, config.num_kv_heads, config.head_dim, weight.dtype)
         self._cache = PagedCache(shape, num_pages + num_slots * self._scratch_pages, page_size, weight.device)
         self._layer = _Layer()
-        self._before: dict[int, torch.Tensor] = {}  # [1, H] feature of the newest token the target has computed
+        self._entries = HeadEntries(head, self._cache)
 
     def release(self, slot: int) -> None:
-        self._before.pop(slot, None)
+        self._entries.release(slot)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Tokens were copied within the pool: pool token indices [n] -> [n]."""
-        self._cache.move(source, target)
+        self._entries.copy(source, target)
 
     @torch.inference_mode()
-    def commit(self, committed: Sequence[Committed]) -> None:
-        """Writes the entries of tokens that the target has just computed for good."""
-        if not committed:
-            return
-        states = torch.cat([part.states for part in committed])
-        fused = self._head.features(states)
-        features, begin = torch.empty_like(fused), 0
-        for part in committed:
-            end = begin + len(part.states)
-            features[begin + 1 : end] = fused[begin : end - 1]
-            # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy.
-            features[begin] = self._before.get(part.slot, features.new_zeros(1, features.shape[1]))[0]
-            self._before[part.slot] = fused[end - 1 : end].clone()
-            begin = end
-        device = fused.device
-        tokens = torch.from_numpy(np.concatenate([part.tokens for part in committed]).astype(np.int64)).to(device)
-        places = [np.arange(part.begin, part.begin + len(part.tokens)) for part in committed]
-        positions = torch.from_numpy(np.concatenate(places)).to(device)
-        index = [pool_index(part.pages, place, self._page_size) for part, place in zip(committed, places, strict=True)]
-        _, key, value = self._head.heads(self._head.inputs(tokens, features), positions)
-        self._cache.place(torch.from_numpy(np.concatenate(index)).to(device))
-        self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
+    def commit(self, committed: Sequence[Committed], states: torch.Tensor) -> None:
+        """The target has computed these tokens."""
+        self._entries.note(committed, states)
 
     @torch.inference_mode()
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
@@ -91,6 +73,8 @@ class HeadDrafter:
         outputs: dict[int, torch.Tensor] = {}  # of each tree: [1 + expanded, H], the root's first
         root_logprobs: torch.Tensor | None = None
         for level, working in levels(growths, self._options, pace):
+            if level == 0:
+                self._entries.write()
             hidden = self._level(working, outputs)
             logits = self._head.logits(hidden).float()
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
@@ -108,7 +92,7 @@ class HeadDrafter:
 
     def _begin(self, view: SlotView) -> Growth | None:
         depth = min(self._options.depth, view.max_depth)
-        if depth < 1 or view.slot not in self._before:
+        if depth < 1 or not self._entries.knows(view.slot):
             return None
         full = (len(view.tokens) - 1) // self._page_size  # pages before the root's
         held = view.pages.pages[: full + 1]
@@ -126,7 +110,7 @@ class HeadDrafter:
         before = []
         for index, growth in working.items():
             if not growth.tree.num_new:
-                before.append(self._before[growth.view.slot])
+                before.append(self._entries.before(growth.view.slot))
             else:
                 parents = growth.tree.expanded.parents[-growth.tree.num_new :].astype(np.int64)
                 before.append(outputs[index][torch.from_numpy(parents + 1).to(row.token_ids.device)])

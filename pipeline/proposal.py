@@ -39,21 +39,19 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens that the target has computed for good, and what it thought of them.
+    """Tokens of one slot that the target has computed for good.
 
     Attributes:
         slot: number of the slot.
         pages: the slot's pages.
         begin: place of the first token in its sequence.
         tokens: [n] int32.
-        states: [n, 3 H] hidden states at the depths that the drafter reads.
     """
 
     slot: int
     pages: PageRun
     begin: int
     tokens: np.ndarray
-    states: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,12 @@ class Drafter(Protocol):
 class FeatureDrafter(Drafter, Protocol):
     """A drafter that reads the target's hidden states and keeps its cache in the target's pages."""
 
-    def commit(self, committed: Sequence[Committed]) -> None:
-        """The target has computed these tokens."""
+    def commit(self, committed: Sequence[Committed], states: torch.Tensor) -> None:
+        """The target has computed these tokens.
+
+        Args:
+            states: [N, 3 H] hidden states of all of them, part by part, at the depths that the drafter reads.
+        """
         ...
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The draft head: what training unrolls is what drafting does, and no head changes the output."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.reference import generate
+from pipeline import head_entries
 from pipeline.acceptance import AcceptanceTable
 from pipeline.assemble import PAGE_SIZE
 from pipeline.engine import Engine, EngineConfig
@@ -19,8 +21,9 @@ from pipeline.head_drafter import HeadDrafter
 from pipeline.head_files import is_head, load_head, new_head, save_head
 from pipeline.methods import Proposers
 from pipeline.pace import FullPace
-from pipeline.proposal import Retriever
+from pipeline.proposal import Retriever, SlotView
 from pipeline.request import Generation, Request, SamplingParams
+from pipeline.retrieval import Retrieval
 from pipeline.rules import Rule
 from pipeline.target import Target
 from pipeline.training.data import Example
@@ -106,6 +109,33 @@ def test_running_out_of_pages_and_shared_prefixes_change_nothing(num_common: int
     got = outputs(engine_with("llama", head_for("llama"), 6, OPTIONS, num_pages=num_pages), requests)
     assert_equal("llama", requests, expected, got)
     assert num_common or any(generation.num_requeues for generation in got)
+
+
+class Seldom(Rule):
+    """Drafts in every fifth round only."""
+
+    def __init__(self) -> None:
+        self._round = 0
+
+    def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> FullPace:
+        self._round += 1
+        return FullPace(wanted=frozenset(range(len(views))) if self._round % 5 == 0 else frozenset())
+
+
+@pytest.mark.parametrize("num_pages", [7, 128])
+def test_entries_that_wait_are_those_written_at_once(num_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = tuple(np.random.default_rng(9).integers(3, VOCABULARY, 70).tolist())
+    requests = requests_for([(*common[: 35 * (i % 3)], *prompt) for i, prompt in enumerate(prompts_for(6, 9))], GREEDY)
+    runs = []
+    for most_waiting in (1, 10**6):
+        monkeypatch.setattr(head_entries, "_MOST_WAITING", most_waiting)
+        engine = engine_with("llama", head_for("llama"), 4, OPTIONS, num_pages=num_pages, rule=Seldom())
+        trees: list[list[int]] = []
+        engine.drafter.observer = lambda growth, trees=trees: trees.append(growth.tree.tokens.tolist())
+        done = outputs(engine, requests)
+        runs.append((trees, [(generation.drafted, generation.accepted) for generation in done]))
+    assert len(runs[0][0]) > 20
+    assert runs[0] == runs[1]
 
 
 class Recorder:
