@@ -30,7 +30,8 @@ from pipeline.tree import TokenTree
 PAGE_SIZE = 32
 _CPU_SHARE = 0.25  # of available memory
 _GPU_SHARE = 0.85
-TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ALWAYS_TIMED = 64  # more rows only where there are half as many slots
 _MIN_CONTEXT = 16
 _DRAFT_PAGES = 3  # a slot's tree in the draft model's cache, beyond its known tokens
 
@@ -95,7 +96,7 @@ def build_engine(
     target = Target(model, num_pages, PAGE_SIZE)
     acceptance = AcceptanceTable()
     speculates = bool(method.sources)
-    times = measure_step_times(target) if speculates and options.budget is None else None
+    times = measure_step_times(target, options.num_slots) if speculates and options.budget is None else None
     config = EngineConfig(
         num_slots=options.num_slots,
         budget=options.budget if speculates else 0,
@@ -140,22 +141,39 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ()
 
 
-def measure_step_times(target: Target) -> StepTimes:
-    """Seconds of a verification pass by its number of rows, from passes over an empty cache; a second on a CPU."""
+def measure_step_times(target: Target, num_slots: int) -> StepTimes:
+    """Seconds of a verification pass by its number of rows, from passes over an empty cache; a second on a CPU.
+
+    Rows are spread over the slots: the same rows of more sequences take longer.
+    """
     seconds = []
-    room = target.cache.keys.shape[1] * PAGE_SIZE
-    timed = [rows for rows in TIMED_ROWS if rows <= room]
+    num_pages = target.cache.keys.shape[1]
+    timed = [rows for rows in TIMED_ROWS if rows <= max(_ALWAYS_TIMED, 2 * num_slots)]
+    timed = [rows for rows in timed if sum(map(_pages_of, _spread(rows, num_slots))) <= num_pages]
     for rows in timed:
-        pages = PageRun(pages=list(range(-(-rows // PAGE_SIZE))))
-        tree = TokenTree.of(range(1, rows), [-1] * (rows - 1), "draft")  # every row with logits, as in verification
-        run = Run(np.zeros(1, np.int32), tree, 0, pages, True)
+        runs, first = [], 0
+        for own in _spread(rows, num_slots):
+            pages = PageRun(pages=list(range(first, first + _pages_of(own))))
+            first += _pages_of(own)
+            tree = TokenTree.of(range(1, own), [-1] * (own - 1), "draft")  # every row with logits, as in verification
+            runs.append(Run(np.zeros(1, np.int32), tree, 0, pages, True))
         best = np.inf
         for _ in range(4):
             begin = time.perf_counter()
-            target.forward([run]).logits.argmax(dim=-1).cpu()
+            target.forward(runs).logits.argmax(dim=-1).cpu()
             best = min(best, time.perf_counter() - begin)
         seconds.append(best)
     return StepTimes(timed, seconds)
+
+
+def _spread(rows: int, num_slots: int) -> list[int]:
+    """Rows of each of at most `num_slots` sequences."""
+    count = min(rows, num_slots)
+    return [rows // count + (i < rows % count) for i in range(count)]
+
+
+def _pages_of(rows: int) -> int:
+    return -(-rows // PAGE_SIZE)
 
 
 def _max_context(model: PreTrainedModel, asked: int | None) -> int:

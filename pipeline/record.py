@@ -60,7 +60,7 @@ def record(
     """
     options = replace(options, budget=0)
     engine = build_engine(model, tokenizer, replace(METHODS["draft"], rule=_TimedRule), options, draft=draft)
-    seconds = measure_step_times(engine.target)(np.array(TIMED_ROWS))
+    seconds = measure_step_times(engine.target, 1)(np.array(TIMED_ROWS))
     _TimedRule.times = LevelTimes(StepTimes(TIMED_ROWS, seconds.tolist()))
     drafts: dict[bytes, RecordedTree] = {}
 
