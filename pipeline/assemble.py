@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes
+from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import ConfigError
 from pipeline.growth import DraftOptions
@@ -19,7 +20,6 @@ from pipeline.head import DraftHead
 from pipeline.head_drafter import HeadDrafter
 from pipeline.methods import Method, build
 from pipeline.model_drafter import ModelDrafter
-from pipeline.pace import Economy
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.proposal import Drafter

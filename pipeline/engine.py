@@ -181,7 +181,7 @@ class Engine:
         """Learns what a round takes and brings; not from one with prefill."""
         if self._times is not None and work and all(len(item.run.known) == 1 for item in work):
             num_rows = sum(len(item.run) for item in work)
-            self._rule.observe_round(num_rows, self._emitted, seconds)
+            self._rule.observe_round(len(work), num_rows, self._emitted, seconds)
 
     def _view(self, slot: Slot) -> SlotView:
         max_depth = slot.stop.max_new_tokens - slot.num_output - 1
@@ -259,7 +259,7 @@ class Engine:
             slot.count_round(tree, kept)
             proposed, along = self._proposed.get(slot.number, EMPTY_TREE), token_ids[[0, *(accepted + 1).tolist()]]
             self._acceptance.observe(proposed, along)
-            self._rule.observe(proposed, along, slot.request.params)
+            self._rule.observe(slot.number, proposed, along, slot.request.params)
         for retriever in self._retrievers:
             retriever.extend(slot.number, slot.tokens[length : slot.length])
         return kept[: slot.length - length - 1] if slot.finish_reason is None else kept[:0]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.context import ContextRetriever
+from pipeline.economy import Economy
 from pipeline.errors import ConfigError
-from pipeline.pace import Economy
 from pipeline.proposal import Drafter, NullDrafter, Retriever
 from pipeline.rules import Calibrated, FixedPruning, Rule, Switch
 from pipeline.search import Searcher, SearchRetriever

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.assemble import TIMED_ROWS, EngineOptions, build_engine, measure_step_times
 from pipeline.budget import StepTimes
+from pipeline.economy import LevelTimes
 from pipeline.growth import Growth
 from pipeline.head import DraftHead
 from pipeline.methods import METHODS
-from pipeline.pace import FullPace, LevelTimes, Pace
+from pipeline.pace import FullPace, Pace
 from pipeline.proposal import SlotView
 from pipeline.replay import Costs, RecordedTree, Recording, draft_key
 from pipeline.request import Request, SamplingParams

@@ -21,11 +21,12 @@ import torch
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes
 from pipeline.draft_tree import GrowingTree
+from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import InputError
 from pipeline.growth import DraftOptions, Growth, drafted, levels
 from pipeline.methods import Method, build
-from pipeline.pace import Economy, Pace
+from pipeline.pace import Pace
 from pipeline.pages import PageRun
 from pipeline.proposal import Draft, SlotView
 from pipeline.request import Request, SamplingParams

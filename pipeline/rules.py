@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from pipeline.calibration import Calibration
-from pipeline.pace import EconomicPace, Economy, FullPace, Pace
+from pipeline.economy import Economy
+from pipeline.pace import EconomicPace, FullPace, Pace
 from pipeline.proposal import Draft, SlotView
 from pipeline.request import SamplingParams
 from pipeline.retrieval import Retrieval
@@ -41,14 +42,14 @@ class Rule:
         """The tree of each view."""
         return [fuse(trees) for trees in zip(draft.trees, retrieved, strict=True)]
 
-    def observe(self, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
-        """What became of a tree that `join` made.
+    def observe(self, slot: int, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
+        """What became of the tree that `join` made for a slot.
 
         Args:
             choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
         """
 
-    def observe_round(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+    def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A round without prefill verified so many rows and emitted so many tokens."""
 
 
@@ -116,6 +117,7 @@ class Calibrated(Rule):
         self._economy = economy
         self._calibration = calibration or Calibration()
         self._pace: EconomicPace | None = None  # of this round
+        self._views: dict[int, int] = {}  # by slot, the place of its view in it
 
     @classmethod
     def for_engine(cls, economy: Economy | None) -> "Rule":
@@ -125,24 +127,29 @@ class Calibrated(Rule):
         if self._economy is None:
             return FullPace()
 
+        self._views = {view.slot: index for index, view in enumerate(views)}
+
         def newly_found() -> list[TokenTree] | None:
             return self._scored(views, retrieval.trees) if retrieval.poll() else None
 
-        self._pace = self._economy.round(self._scored(views, retrieval.trees), newly_found)
+        self._pace = EconomicPace(self._economy, self._scored(views, retrieval.trees), newly_found)
         return self._pace
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
         trees = self._scored(views, Rule.join(self, views, draft, retrieved))
         if self._economy is not None and self._pace is not None:
             self._economy.observe_trees(trees, self._pace.num_expanded)
+            self._economy.observe_levels(self._pace.gains, self._pace.nets)
         return trees
 
-    def observe(self, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
+    def observe(self, slot: int, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
+        if self._pace is not None:
+            self._pace.observe(self._views[slot], tree, choices)
         self._calibration.observe(tree, choices, not params.is_greedy)
 
-    def observe_round(self, num_rows: int, num_tokens: int, seconds: float) -> None:
+    def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         if self._economy:
-            self._economy.observe_round(num_rows, num_tokens, seconds)
+            self._economy.observe_round(num_slots, num_rows, num_tokens, seconds)
 
     def _scored(self, views: Sequence[SlotView], trees: Sequence[TokenTree]) -> list[TokenTree]:
         pairs = zip(views, trees, strict=True)

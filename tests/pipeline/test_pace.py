@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipeline.budget import StepTimes
 from pipeline.draft_tree import GrowingTree
-from pipeline.pace import _EXPLORE_EVERY, _THRESHOLDS, Economy, FullPace, LevelTimes
+from pipeline.economy import EXPLORE_EVERY, THRESHOLDS, Economy, LevelTimes, net_tokens
+from pipeline.pace import EconomicPace, FullPace
 from pipeline.tree import EMPTY_TREE, TokenTree, fuse
 from tests.pipeline.toys import path_of, trees
 
@@ -33,23 +34,23 @@ def economy_with(times: StepTimes, level_seconds: float, row_seconds: float = 0.
 
 
 def test_a_free_level_is_always_worth_it() -> None:
-    pace = economy_with(FLAT, 1e-6).round([EMPTY_TREE] * 2)
+    pace = EconomicPace(economy_with(FLAT, 1e-6), [EMPTY_TREE] * 2)
     chosen = pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})
     assert {index: keep.tolist() for index, keep in chosen.items()} == {0: [True], 1: [True]}
 
 
 def test_a_level_that_takes_as_long_as_the_target_is_not() -> None:
-    assert not economy_with(FLAT, 0.05).round([EMPTY_TREE]).expand(0, {0: GrowingTree(8)})
+    assert not EconomicPace(economy_with(FLAT, 0.05), [EMPTY_TREE]).expand(0, {0: GrowingTree(8)})
 
 
 def test_where_every_row_costs_a_plain_step_nothing_is_drafted() -> None:
     economy = economy_with(STEEP, 1e-4)
-    assert not economy.round([EMPTY_TREE] * 8).expand(0, {index: GrowingTree(8) for index in range(8)})
+    assert not EconomicPace(economy, [EMPTY_TREE] * 8).expand(0, {index: GrowingTree(8) for index in range(8)})
 
 
 def test_a_slot_whose_retrieval_is_sure_is_not_drafted_for() -> None:
     sure = TokenTree.of([5, 6], [-1, 0], "context", [0.98, 0.98])
-    pace = economy_with(FLAT, 2e-3, row_seconds=1e-3).round([sure, EMPTY_TREE])
+    pace = EconomicPace(economy_with(FLAT, 2e-3, row_seconds=3e-3), [sure, EMPTY_TREE])
     assert list(pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})) == [1]
 
 
@@ -57,18 +58,16 @@ def test_a_path_that_retrieval_continues_is_not_expanded() -> None:
     """The likelier of two nodes is covered from there on by what the context holds."""
     tree = grown([np.log(0.55), np.log(0.4)])
     found = TokenTree.of([0, 9], [-1, 0], "context", [0.4, 0.99])
-    assert economy_with(FLAT, 2e-3, row_seconds=1e-3).round([found]).expand(1, {0: tree})[0].tolist() == [False, True]
-    assert economy_with(FLAT, 2e-3, row_seconds=1e-3).round([EMPTY_TREE]).expand(1, {0: tree})[0].tolist() == [
-        True,
-        True,
-    ]
+    for retrieved, expanded in ((found, [False, True]), (EMPTY_TREE, [True, True])):
+        pace = EconomicPace(economy_with(FLAT, 2e-3, row_seconds=3e-3), [retrieved])
+        assert pace.expand(1, {0: tree})[0].tolist() == expanded
 
 
 def test_what_is_found_while_a_level_is_computed_stops_the_next() -> None:
     tree = grown([np.log(0.55)])
     sure = TokenTree.of([0, 9], [-1, 0], "corpus", [0.9, 0.99])
     answers = [[sure]]
-    pace = economy_with(FLAT, 2e-3).round([EMPTY_TREE], lambda: answers.pop() if answers else None)
+    pace = EconomicPace(economy_with(FLAT, 2e-3), [EMPTY_TREE], lambda: answers.pop() if answers else None)
     assert list(pace.expand(0, {0: GrowingTree(8)})) == [0], "nothing is asked before the first level"
     assert not pace.expand(1, {0: tree})
     assert not pace.expand(2, {0: tree}), "and stays known"
@@ -77,15 +76,16 @@ def test_what_is_found_while_a_level_is_computed_stops_the_next() -> None:
 def test_unlikely_nodes_are_left_where_rows_cost() -> None:
     economy = economy_with(StepTimes((1, 2, 4, 8, 16, 32, 64), np.linspace(0.04, 0.12, 7).tolist()), 1e-5)
     tree = grown([np.log(0.9), np.log(0.001)])
-    assert economy.round([EMPTY_TREE]).expand(1, {0: tree})[0].tolist() == [True, False]
+    assert EconomicPace(economy, [EMPTY_TREE]).expand(1, {0: tree})[0].tolist() == [True, False]
 
 
 def test_one_slot_is_explored_now_and_then() -> None:
     economy = economy_with(FLAT, 0.05)
     drafted = [
-        list(economy.round([EMPTY_TREE] * 3).expand(0, {i: GrowingTree(8) for i in range(3)})) for _ in range(160)
+        list(EconomicPace(economy, [EMPTY_TREE] * 3).expand(0, {i: GrowingTree(8) for i in range(3)}))
+        for _ in range(160)
     ]
-    assert [len(chosen) for chosen in drafted].count(1) == 160 // _EXPLORE_EVERY
+    assert [len(chosen) for chosen in drafted].count(1) == 160 // EXPLORE_EVERY
     assert {chosen[0] for chosen in drafted if chosen} == {0, 1, 2}
 
 
@@ -111,7 +111,7 @@ def test_surplus_is_what_drafted_children_are_worth_beyond_a_threshold(some: lis
             continue
         counts[level] += 1
         for child in set(drafted) - set(found):
-            sums[level] += np.maximum(float(tree.scores[child]) / (1 - covered) - _THRESHOLDS, 0)
+            sums[level] += np.maximum(float(tree.scores[child]) / (1 - covered) - THRESHOLDS, 0)
     counts += np.array([9, 7]) - seen  # of which no child was kept
     for level in range(2):
         weight = 1 - 0.95 ** min(counts[level], 8)
@@ -148,8 +148,44 @@ def test_the_rate_is_that_of_recent_rounds() -> None:
     economy = Economy(FLAT, depth=2)
     assert economy.rate(4) == pytest.approx(4 / float(FLAT(np.array([4]))[0]))
     for _ in range(100):
-        economy.observe_round(num_rows=20, num_tokens=6, seconds=0.05)
+        economy.observe_round(num_slots=4, num_rows=20, num_tokens=6, seconds=0.05)
     assert economy.rate(4) == pytest.approx(120)
+
+
+def test_the_rate_follows_the_slots_at_once() -> None:
+    """When a job ends few slots are left, whose tokens take longer: what was earned with many is no price for them."""
+    economy = Economy(FLAT, depth=2)
+    for _ in range(100):
+        economy.observe_round(num_slots=32, num_rows=64, num_tokens=48, seconds=0.05)
+    assert economy.rate(1) == pytest.approx(960 / 32, rel=0.05)
+
+
+@given(trees(max_nodes=8), st.lists(st.integers(0, 4), min_size=1, max_size=5), st.floats(0.0, 1.0))
+def test_net_tokens_are_those_accepted_less_the_rows_price(tree: TokenTree, choices: list[int], price: float) -> None:
+    """Against paths node by node."""
+    kept = right = 0
+    for node in range(len(tree)):
+        path = [node]
+        while tree.parents[path[0]] >= 0:
+            path.insert(0, int(tree.parents[path[0]]))
+        if np.prod(tree.scores[path], dtype=np.float64) > price:
+            kept += 1
+            right += tree.tokens[path].tolist() == choices[: len(path)]
+    got = net_tokens(tree.tokens, tree.parents, tree.scores, np.array(choices), price)
+    assert got == pytest.approx(right - price * kept, abs=1e-5)
+
+
+def test_what_drafting_gained_is_learned_by_how_surely_retrieval_goes_on() -> None:
+    economy = economy_with(FLAT, 1e-6)
+    found = TokenTree.of([5], [-1], "context", [0.6])
+    fused = TokenTree.of([5, 7], [-1, -1], "draft", [0.3, 0.6])
+    for _ in range(400):
+        pace = EconomicPace(economy, [found, EMPTY_TREE])
+        pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})
+        pace.observe(0, fused, np.array([7, 1]))  # the draft model knows better than what was retrieved
+        pace.observe(1, fused, np.array([9]))  # and is wrong where nothing was
+    assert economy.worth[3] > 1.5
+    assert economy.worth[0] < 0.1
 
 
 def test_the_full_pace_expands_everything_wanted() -> None:

@@ -14,12 +14,12 @@ from pipeline.assemble import PAGE_SIZE
 from pipeline.budget import StepTimes
 from pipeline.context import ContextRetriever
 from pipeline.draft_tree import GrowingTree
+from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.growth import DraftOptions
 from pipeline.head_drafter import HeadDrafter
 from pipeline.methods import METHODS, Proposers
 from pipeline.model_drafter import ModelDrafter
-from pipeline.pace import Economy
 from pipeline.proposal import Draft, Drafter, NullDrafter, SlotView
 from pipeline.request import Request, SamplingParams
 from pipeline.retrieval import Retrieval

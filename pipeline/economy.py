@@ -1,0 +1,233 @@
+"""What a replica learns about drafting: what a level takes, what it brings, and what time is worth.
+
+Time is priced at the rate at which the replica has been emitting tokens (Dinkelbach 1967: the best ratio of sums
+maximises tokens - rate x seconds), so a level, a node and a round compete on one scale.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from pipeline.budget import StepTimes
+from pipeline.tree import TokenTree, node_depths
+
+COVERED = np.array([0.05, 0.25, 0.5, 0.75, 0.9])  # bounds of the kinds of nodes: how surely retrieval goes on from them
+THRESHOLDS = np.linspace(0.0, 1.0, 21)
+_FIRST_SURPLUS = 0.6 * (1.0 - THRESHOLDS) ** 2  # what half-sure draft models show; soon overruled
+_SURPLUS_WEIGHT = 0.05  # of a round in the moving average
+_RATE_DECAY = 0.95
+_TIME_DECAY = 0.98
+_FIRST_LEVEL = 0.1  # of a target's step, until levels are timed
+# Of each kind of nodes, as multiples of `Economy.gains`.
+_FIRST_WORTH = np.array([1.0, 1.2, 1.2, 1.0, 0.5, 0.1])
+_FIRST_TOKENS = 10.0  # weight of that guess
+_GAIN_DECAY = 0.995
+_MOST_COVERED = 0.5  # nodes that retrieval covers further teach nothing about the draft model
+_MOST_OFF = 2.0  # what took longer than expected counts as this many times the estimate at most
+_WARM_UP = 2  # levels
+EXPLORE_EVERY = 50  # rounds; one slot is then drafted for in full
+
+
+class LevelTimes:
+    """Seconds of a draft level of n rows, a + b n, by least squares over what was seen, newer counting more."""
+
+    def __init__(self, times: StepTimes) -> None:
+        self._normal = np.zeros((2, 2))
+        self._right = np.zeros(2)
+        self._num_levels = 0
+        self._was_off = False
+        for rows, seconds in zip((1, 64), times(np.array([1, 64])).tolist(), strict=True):
+            row = np.array([1.0, rows])
+            self._normal += np.outer(row, row)
+            self._right += _FIRST_LEVEL * seconds * row
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """A level of so many rows took so long. One far above the estimate is believed if the last one was, too: a
+        machine may pause, and first calls compile."""
+        self._num_levels += 1
+        if self._num_levels <= _WARM_UP:
+            return
+        most = _MOST_OFF * float(self(np.array([num_rows]))[0])
+        is_off = seconds > most
+        if is_off and not self._was_off:
+            seconds = most
+        self._was_off = is_off
+        row = np.array([1.0, num_rows])
+        self._normal = _TIME_DECAY * self._normal + np.outer(row, row)
+        self._right = _TIME_DECAY * self._right + seconds * row
+
+    def __call__(self, num_rows: np.ndarray) -> np.ndarray:
+        """Seconds for each row count, [n] -> [n]."""
+        fixed, slope = np.linalg.solve(self._normal + 1e-6 * np.eye(2), self._right)
+        mean = self._right[0] / self._normal[0, 0]
+        if slope < 0 or fixed < 0:  # too little seen to tell them apart
+            return np.full(len(num_rows), mean)
+        seconds: np.ndarray = fixed + slope * num_rows
+        return seconds
+
+
+class Economy:
+    """What a replica has learned about the worth of drafting; hands each round its pace.
+
+    Args:
+        times: of the target's passes.
+        depth: most levels.
+    """
+
+    def __init__(self, times: StepTimes, depth: int) -> None:
+        self.times = times
+        self.level_times = LevelTimes(times)
+        self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains`
+        self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
+        self._gained = _FIRST_TOKENS * _FIRST_WORTH
+        self._own = np.zeros(depth)  # gains by level in rounds that computed it lately, and
+        self._later = np.zeros(depth)  # what the levels behind it then were worth beyond their time
+        self._tokens = 0.0  # emitted lately, and
+        self._plain_tokens = 0.0  # what plain decoding would have in the same time with as many slots
+        self._rows = 0.0  # verified lately, and
+        self._roots = 0.0  # how many of them were roots
+        self._num_rounds = 0
+        self._drafting = 0.0  # seconds that this round's levels took
+
+    def rate(self, num_slots: int) -> float:
+        """Tokens a second with so many slots: plain decoding's, times what rounds have been worth beside it lately."""
+        plain = self._plain_rate(num_slots)
+        return plain * self._tokens / self._plain_tokens if self._plain_tokens else plain
+
+    def _plain_rate(self, num_slots: int) -> float:
+        return num_slots / float(self.times(np.array([num_slots]))[0])
+
+    def row_seconds(self, num_slots: int) -> float:
+        """What one more row adds to a verification pass of the usual size."""
+        rows = num_slots * (self._rows / self._roots if self._roots else 1.0)
+        few, many = self.times(np.array([rows, 2 * rows + 1]))
+        return float(many - few) / (rows + 1)
+
+    def gains(self, level: int, values: np.ndarray, row_tokens: float) -> np.ndarray:
+        """Expected tokens from expanding nodes at a level beyond what their children's rows cost, [F].
+
+        For a node of value v it is v E[sum over children of max(p - row_tokens / v, 0)].
+
+        Args:
+            values: [F] probability that the node is reached; row_tokens: price of a row.
+        """
+        thresholds = row_tokens / np.maximum(values, 1e-9)
+        gains: np.ndarray = values * np.interp(thresholds, THRESHOLDS, self.surplus[level], right=0.0)
+        return gains
+
+    @property
+    def worth(self) -> np.ndarray:
+        """[kinds] what expanding nodes brought, as multiples of `gains`, which knows of the draft model alone.
+
+        Where something was retrieved the draft model brings less that is new, but tells right from wrong.
+        """
+        worth: np.ndarray = np.maximum(self._gained, 0.0) / self._expected
+        return worth
+
+    def observe_gain(self, expected: np.ndarray, gained: float) -> None:
+        """Drafting in one slot was expected to gain tokens beyond their rows' price, and gained so many.
+
+        Args:
+            expected: [kinds] sums of `gains`; those of one slot at least are not 0.
+        """
+        believed = expected * np.maximum(self.worth, 0.1)
+        used = expected > 0
+        self._expected[used] = _GAIN_DECAY * self._expected[used] + expected[used]
+        self._gained[used] = _GAIN_DECAY * self._gained[used] + gained * (believed / believed.sum())[used]
+
+    def options(self) -> np.ndarray:
+        """[levels] what a level is worth for the levels that may follow it, as a share of its own gains."""
+        return self._later / np.maximum(self._own, 1e-9)
+
+    def observe_levels(self, gains: np.ndarray, nets: np.ndarray) -> None:
+        """A round's drafting has ended.
+
+        Args:
+            gains, nets: [levels] of the levels computed, tokens, and those less the level's time; 0 for the others.
+        """
+        later = np.concatenate([np.cumsum(nets[::-1])[::-1][1:], [0.0]])
+        computed = gains > 0
+        self._own[computed] = _RATE_DECAY * self._own[computed] + gains[computed]
+        self._later[computed] = _RATE_DECAY * self._later[computed] + np.maximum(later[computed], 0.0)
+
+    def begin_round(self, num_views: int) -> int | None:
+        """The view that is drafted for in full this round, if any: what is never tried is never learned."""
+        self._num_rounds += 1
+        number, is_left = divmod(self._num_rounds, EXPLORE_EVERY)
+        return number % num_views if num_views and not is_left else None
+
+    def observe_level(self, num_rows: int, seconds: float) -> None:
+        """A level of the draft model took so long."""
+        self._drafting += seconds
+        self.level_times.observe(num_rows, seconds)
+
+    def observe_trees(self, trees: Sequence[TokenTree], num_expanded: np.ndarray) -> None:
+        """Learns what drafted children are worth from this round's fused and calibrated trees.
+
+        Args:
+            num_expanded: [levels] nodes that the draft model expanded; those of which no child is left were worth
+                nothing.
+        """
+        sums = np.zeros_like(self.surplus)
+        counts = np.zeros(len(self.surplus))
+        seen = np.zeros(len(self.surplus))
+        for tree in trees:
+            if len(tree):
+                _surpluses(tree, sums, counts, seen)
+        counts += np.maximum(num_expanded - seen, 0)
+        for level in np.flatnonzero(counts):
+            weight = 1.0 - (1.0 - _SURPLUS_WEIGHT) ** min(counts[level], 8)
+            self.surplus[level] += weight * (sums[level] / counts[level] - self.surplus[level])
+
+    def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A round without prefill verified so many rows, one of each slot a root, and emitted so many tokens."""
+        seconds = min(seconds, _MOST_OFF * (float(self.times(np.array([num_rows]))[0]) + self._drafting))
+        self._drafting = 0.0
+        self._tokens = _RATE_DECAY * self._tokens + num_tokens
+        self._plain_tokens = _RATE_DECAY * self._plain_tokens + seconds * self._plain_rate(num_slots)
+        self._rows = _RATE_DECAY * self._rows + num_rows
+        self._roots = _RATE_DECAY * self._roots + num_slots
+
+
+@njit(cache=True, nogil=True)
+def net_tokens(tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, choices: np.ndarray, price: float) -> float:
+    """Accepted tokens less the price of all rows, of a tree's nodes that are likelier accepted than a row costs.
+
+    Args:
+        choices: [A + 1] int64 the target's choices along the accepted path.
+    """
+    values = np.empty(len(tokens), np.float64)
+    node, place, net = -1, 0, 0.0
+    for i in range(len(tokens)):
+        values[i] = scores[i] * (values[parents[i]] if parents[i] >= 0 else 1.0)
+        if values[i] <= price:
+            continue
+        net -= price
+        if parents[i] == node and place < len(choices) and tokens[i] == choices[place]:
+            node, place, net = i, place + 1, net + 1.0
+    return net
+
+
+def _surpluses(tree: TokenTree, sums: np.ndarray, counts: np.ndarray, seen: np.ndarray) -> None:
+    """Adds each expanded node's sum over drafted children of max(p - threshold, 0) to its level's row.
+
+    Args:
+        counts, seen: [levels] get the nodes that teach, and all that the tree shows to have been expanded.
+    """
+    drafted = tree.evidence[:, 0] > 0
+    retrieved = (tree.evidence[:, 1:] > 0).any(axis=1)
+    groups = tree.parents + 1
+    covered = np.bincount(groups[retrieved], tree.scores[retrieved], len(tree) + 1)
+    own = drafted & ~retrieved
+    share = np.maximum(1.0 - covered[groups[own]], 1e-3)
+    over = np.maximum(tree.scores[own, None] / share[:, None] - THRESHOLDS, 0.0)  # [children, thresholds]
+    depths = np.concatenate([[0], node_depths(tree.parents)])
+    expanded = np.unique(groups[drafted])
+    expanded = expanded[depths[expanded] < len(sums)]
+    np.add.at(seen, depths[expanded], 1)
+    teaches = expanded[covered[expanded] < _MOST_COVERED]
+    by_group = np.zeros((len(tree) + 1, len(THRESHOLDS)))
+    np.add.at(by_group, groups[own], over)
+    np.add.at(sums, depths[teaches], by_group[teaches])
+    np.add.at(counts, depths[teaches], 1)
