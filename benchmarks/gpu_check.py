@@ -31,6 +31,8 @@ from pipeline.request import Generation, Request, SamplingParams
 
 _SAMPLED = {"temperature": 0.8, "top_p": 0.9}
 _PROFILED_ROUNDS = 30
+_PROMPTS_A_SLOT = 4
+_LEAST_PROMPTS = 10
 
 
 def main() -> None:
@@ -117,8 +119,8 @@ def _equality(bench: _Bench, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
 def _speed(bench: _Bench, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     rows = []
     for slots in bench.options.slots:
-        count = min(max(2 * slots, 10), len(prompts))
-        chosen = random.Random(slots).sample(list(prompts), count)
+        # Several times as many prompts as slots, for a batch that ends together flatters plain decoding.
+        chosen = random.Random(slots).choices(list(prompts), k=max(_PROMPTS_A_SLOT * slots, _LEAST_PROMPTS))
         engines = {name: bench.engine(name, slots) for name in bench.options.methods}
         runs = _runs(bench, engines, chosen, with_peer=slots == 1)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -130,6 +132,11 @@ def _speed(bench: _Bench, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
                 begin = time.perf_counter()
                 tokens[name] = run()
                 seconds[name].append(time.perf_counter() - begin)
+                print(
+                    f"{slots} slots, {name}: {tokens[name] / seconds[name][-1]:.1f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
         rates = {name: tokens[name] / statistics.median(seconds[name]) for name in runs}
         for name, rate in rates.items():
             row: dict[str, Any] = {"slots": slots, "method": name, "tokens_per_second": round(rate, 1)}
@@ -165,10 +172,10 @@ def _of_rounds(engine: Engine, slots: int, prompts: Sequence[Prompt], options: a
     phases = {name: round(seconds / total, 3) for name, seconds in engine.phases.seconds.items()}
     activities = [ProfilerActivity.CUDA] if options.device == "cuda" else [ProfilerActivity.CPU]
     requests = _requests(prompts[:slots], _PROFILED_ROUNDS)
-    begin = time.perf_counter()
     with profile(activities=activities) as profiler:
+        begin = time.perf_counter()
         done = _run(engine, requests)
-    wall = time.perf_counter() - begin
+        wall = time.perf_counter() - begin
     rounds = max(generation.rounds for generation in done)
     averages = profiler.key_averages()
     busy = sum(entry.self_device_time_total for entry in averages) / 1e6

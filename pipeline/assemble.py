@@ -31,7 +31,7 @@ PAGE_SIZE = 32
 _CPU_SHARE = 0.25  # of available memory
 _GPU_SHARE = 0.85
 TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_ALWAYS_TIMED = 64  # more rows only where there are half as many slots
+ALWAYS_TIMED = 64  # more rows only where there are half as many slots
 _MIN_CONTEXT = 16
 _DRAFT_PAGES = 3  # a slot's tree in the draft model's cache, beyond its known tokens
 
@@ -148,7 +148,8 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
     """
     seconds = []
     num_pages = target.cache.keys.shape[1]
-    timed = [rows for rows in TIMED_ROWS if rows <= max(_ALWAYS_TIMED, 2 * num_slots)]
+    timed = [rows for rows in TIMED_ROWS if rows <= max(ALWAYS_TIMED, 2 * num_slots)]
+    num_slots = min(num_slots, num_pages)
     timed = [rows for rows in timed if sum(map(_pages_of, _spread(rows, num_slots))) <= num_pages]
     for rows in timed:
         runs, first = [], 0

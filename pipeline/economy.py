@@ -22,7 +22,7 @@ _FIRST_LEVEL = 0.1  # of a target's step, until levels are timed
 # Of each kind of nodes, as multiples of `Economy.gains`.
 _FIRST_WORTH = np.array([1.0, 1.2, 1.2, 1.0, 0.5, 0.1])
 _FIRST_TOKENS = 10.0  # weight of that guess
-_GAIN_DECAY = 0.995
+_GAIN_DECAY = 0.99  # of a round
 _MOST_COVERED = 0.5  # nodes that retrieval covers further teach nothing about the draft model
 _MOST_OFF = 2.0  # what took longer than expected counts as this many times the estimate at most
 _WARM_UP = 2  # levels
@@ -81,6 +81,7 @@ class Economy:
         self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains`
         self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
         self._gained = _FIRST_TOKENS * _FIRST_WORTH
+        self._new = np.zeros((2, len(_FIRST_WORTH)))  # the same of this round
         self._own = np.zeros(depth)  # gains by level in rounds that computed it lately, and
         self._later = np.zeros(depth)  # what the levels behind it then were worth beyond their time
         self._tokens = 0.0  # emitted lately, and
@@ -122,7 +123,7 @@ class Economy:
 
         Where something was retrieved the draft model brings less that is new, but tells right from wrong.
         """
-        worth: np.ndarray = np.maximum(self._gained, 0.0) / self._expected
+        worth: np.ndarray = self._gained / self._expected
         return worth
 
     def observe_gain(self, expected: np.ndarray, gained: float) -> None:
@@ -132,9 +133,7 @@ class Economy:
             expected: [kinds] sums of `gains`; those of one slot at least are not 0.
         """
         believed = expected * np.maximum(self.worth, 0.1)
-        used = expected > 0
-        self._expected[used] = _GAIN_DECAY * self._expected[used] + expected[used]
-        self._gained[used] = _GAIN_DECAY * self._gained[used] + gained * (believed / believed.sum())[used]
+        self._new += [expected, gained * believed / believed.sum()]
 
     def options(self) -> np.ndarray:
         """[levels] what a level is worth for the levels that may follow it, as a share of its own gains."""
@@ -152,7 +151,14 @@ class Economy:
         self._later[computed] = _RATE_DECAY * self._later[computed] + np.maximum(later[computed], 0.0)
 
     def begin_round(self, num_views: int) -> int | None:
-        """The view that is drafted for in full this round, if any: what is never tried is never learned."""
+        """Learns what the last round gained; returns the view that is drafted for in full in this one, if any.
+
+        What is never tried is never learned.
+        """
+        known = self._new[0] > 0
+        self._expected[known] = _GAIN_DECAY * self._expected[known] + self._new[0, known]
+        self._gained[known] = np.maximum(_GAIN_DECAY * self._gained[known] + self._new[1, known], 0.0)
+        self._new[:] = 0.0
         self._num_rounds += 1
         number, is_left = divmod(self._num_rounds, EXPLORE_EVERY)
         return number % num_views if num_views and not is_left else None

@@ -78,10 +78,12 @@ def levels(
     options: DraftOptions,
     pace: Pace,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, dict[int, Growth]]]:
     """The levels to be computed, each with the trees that have nodes to expand, by view; times them.
 
-    The trees must have grown by a level when the next is asked for.
+    The trees must have grown by a level when the next is asked for. `prepare` is called before the first, if there is
+    one; its time is no level's.
     """
     working = dict(growths)
     for level in range(options.depth):
@@ -94,6 +96,8 @@ def levels(
         for index, growth in working.items():
             growth.tree.narrow(kept[index])
         num_rows = sum(growth.num_rows + (growth.num_behind if level == 0 else 0) for growth in working.values())
+        if level == 0:
+            prepare()
         begin = clock()
         yield level, working
         pace.took(num_rows, clock() - begin)

@@ -72,9 +72,7 @@ class HeadDrafter:
         growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
         outputs: dict[int, torch.Tensor] = {}  # of each tree: [1 + expanded, H], the root's first
         root_logprobs: torch.Tensor | None = None
-        for level, working in levels(growths, self._options, pace):
-            if level == 0:
-                self._entries.write()
+        for level, working in levels(growths, self._options, pace, prepare=self._entries.write):
             hidden = self._level(working, outputs)
             logits = self._head.logits(hidden).float()
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()

@@ -54,6 +54,7 @@ class EconomicPace:
     """One round's pace: a level takes the nodes whose gain is more than their share of the level's time.
 
     Attributes:
+        retrieved: what is known of each view's retrieved tree, calibrated.
         num_expanded: [levels] nodes that were chosen so far.
         gains, nets: [levels] what they are worth in tokens, and what is left of that beyond the level's time.
 
@@ -72,7 +73,7 @@ class EconomicPace:
         newly_found: Callable[[], Sequence[TokenTree] | None] = lambda: None,
     ) -> None:
         self._economy = economy
-        self._retrieved = retrieved
+        self.retrieved = retrieved
         self._newly_found = newly_found
         self._explored = economy.begin_round(len(retrieved))
         self._rate = economy.rate(len(retrieved))
@@ -86,7 +87,7 @@ class EconomicPace:
         if not trees:
             return {}
         if level and (found := self._newly_found()) is not None:
-            self._retrieved = found
+            self.retrieved = found
         sizes = [len(tree.frontier) for tree in trees.values()]
         values = np.concatenate([tree.frontier_values for tree in trees.values()])
         kinds = np.searchsorted(COVERED, np.concatenate([self._covered(i, tree) for i, tree in trees.items()]))
@@ -122,13 +123,13 @@ class EconomicPace:
         if self._expected[index].any():
             with_draft, without = (
                 net_tokens(each.tokens, each.parents, each.scores, choices, self._row_tokens)
-                for each in (tree, self._retrieved[index])
+                for each in (tree, self.retrieved[index])
             )
             self._economy.observe_gain(self._expected[index], with_draft - without)
 
     def _covered(self, index: int, tree: GrowingTree) -> np.ndarray:
         """[F] probability that something retrieved goes on rightly from each node of the frontier, given the node."""
-        found = self._retrieved[index]
+        found = self.retrieved[index]
         if len(found) == 0:
             return np.zeros(len(tree.frontier))
         covered = np.zeros(len(found) + 1)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.assemble import TIMED_ROWS, EngineOptions, build_engine, measure_step_times
+from pipeline.assemble import ALWAYS_TIMED, TIMED_ROWS, EngineOptions, build_engine, measure_step_times
 from pipeline.budget import StepTimes
 from pipeline.economy import LevelTimes
 from pipeline.growth import Growth
@@ -61,8 +61,9 @@ def record(
     """
     options = replace(options, budget=0)
     engine = build_engine(model, tokenizer, replace(METHODS["draft"], rule=_TimedRule), options, draft=draft)
-    seconds = measure_step_times(engine.target, 1)(np.array(TIMED_ROWS))
-    _TimedRule.times = LevelTimes(StepTimes(TIMED_ROWS, seconds.tolist()))
+    rows = tuple(count for count in TIMED_ROWS if count <= ALWAYS_TIMED)
+    seconds = measure_step_times(engine.target, num_slots=1)(np.array(rows))
+    _TimedRule.times = LevelTimes(StepTimes(rows, seconds.tolist()))
     drafts: dict[bytes, RecordedTree] = {}
 
     def keep(growth: Growth) -> None:
@@ -82,6 +83,6 @@ def record(
         seeds=seeds,
         drafts=drafts,
         options=options.drafting,
-        costs=Costs(TIMED_ROWS, tuple(seconds.tolist()), float(few) - row_seconds, row_seconds),
+        costs=Costs(rows, tuple(seconds.tolist()), float(few) - row_seconds, row_seconds),
         vocab_size=engine.target.config.vocab_size,
     )

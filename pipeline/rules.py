@@ -118,6 +118,7 @@ class Calibrated(Rule):
         self._calibration = calibration or Calibration()
         self._pace: EconomicPace | None = None  # of this round
         self._views: dict[int, int] = {}  # by slot, the place of its view in it
+        self._found: Sequence[TokenTree] = ()  # what the pace knows of what is retrieved
 
     @classmethod
     def for_engine(cls, economy: Economy | None) -> "Rule":
@@ -130,21 +131,28 @@ class Calibrated(Rule):
         self._views = {view.slot: index for index, view in enumerate(views)}
 
         def newly_found() -> list[TokenTree] | None:
-            return self._scored(views, retrieval.trees) if retrieval.poll() else None
+            if not retrieval.poll():
+                return None
+            self._found = retrieval.trees
+            return self._scored(views, retrieval.trees)
 
+        self._found = retrieval.trees
         self._pace = EconomicPace(self._economy, self._scored(views, retrieval.trees), newly_found)
         return self._pace
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
         trees = self._scored(views, Rule.join(self, views, draft, retrieved))
         if self._economy is not None and self._pace is not None:
+            if retrieved is not self._found and self._pace.num_expanded.any():
+                self._pace.retrieved = self._scored(views, retrieved)
             self._economy.observe_trees(trees, self._pace.num_expanded)
             self._economy.observe_levels(self._pace.gains, self._pace.nets)
         return trees
 
     def observe(self, slot: int, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
-        if self._pace is not None:
-            self._pace.observe(self._views[slot], tree, choices)
+        # A slot that gave way and computes its tokens again was no part of the round's drafting.
+        if self._pace is not None and (index := self._views.get(slot)) is not None:
+            self._pace.observe(index, tree, choices)
         self._calibration.observe(tree, choices, not params.is_greedy)
 
     def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:

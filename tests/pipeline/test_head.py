@@ -122,7 +122,7 @@ class Seldom(Rule):
         return FullPace(wanted=frozenset(range(len(views))) if self._round % 5 == 0 else frozenset())
 
 
-@pytest.mark.parametrize("num_pages", [7, 128])
+@pytest.mark.parametrize("num_pages", [5, 128])
 def test_entries_that_wait_are_those_written_at_once(num_pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     common = tuple(np.random.default_rng(9).integers(3, VOCABULARY, 70).tolist())
     requests = requests_for([(*common[: 35 * (i % 3)], *prompt) for i, prompt in enumerate(prompts_for(6, 9))], GREEDY)
@@ -134,7 +134,8 @@ def test_entries_that_wait_are_those_written_at_once(num_pages: int, monkeypatch
         engine.drafter.observer = lambda growth, trees=trees: trees.append(growth.tree.tokens.tolist())
         done = outputs(engine, requests)
         runs.append((trees, [(generation.drafted, generation.accepted) for generation in done]))
-    assert len(runs[0][0]) > 20
+    assert sum(map(bool, runs[0][0])) > 20
+    assert num_pages > 5 or any(generation.num_requeues for generation in done)
     assert runs[0] == runs[1]
 
 

@@ -192,3 +192,13 @@ def test_the_full_pace_expands_everything_wanted() -> None:
     trees_by_view = {0: GrowingTree(4), 2: grown([-0.5, -1.0])}
     assert {i: k.tolist() for i, k in FullPace().expand(0, trees_by_view).items()} == {0: [True], 2: [True, True]}
     assert list(FullPace(wanted=frozenset([2])).expand(0, trees_by_view)) == [2]
+
+
+def test_a_level_is_worth_what_the_levels_behind_it_bring() -> None:
+    economy = Economy(FLAT, depth=3)
+    for _ in range(200):
+        economy.observe_levels(np.array([2.0, 1.5, 0.0]), np.array([-0.5, 1.0, 0.0]))
+    assert economy.options() == pytest.approx([0.5, 0.0, 0.0])
+    for _ in range(200):
+        economy.observe_levels(np.array([2.0, 0.0, 0.0]), np.array([1.0, 0.0, 0.0]))
+    assert economy.options() == pytest.approx([0.0, 0.0, 0.0], abs=1e-3)

@@ -1,6 +1,6 @@
 """Rules: the paper's pruning and SAM-Decoding's switch against plain loops over the same trees, and both lossless."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from pipeline.model_drafter import ModelDrafter
 from pipeline.proposal import Draft, Drafter, NullDrafter, SlotView
 from pipeline.request import Request, SamplingParams
 from pipeline.retrieval import Retrieval
-from pipeline.rules import FixedPruning, Switch, chain_of
+from pipeline.rules import Calibrated, FixedPruning, Switch, chain_of
 from pipeline.target import Target
 from pipeline.tree import EMPTY_TREE, TokenTree
 from tests.models import OracleDrafter, tiny_model
@@ -95,15 +95,20 @@ def expected_outputs(requests: list[Request]) -> list[list[int]]:
 
 
 def engine_of(
-    name: str, drafter: str, slots: int, budget: int | None, outputs: dict[tuple[int, ...], list[int]]
+    name: str,
+    drafter: str,
+    slots: int,
+    budget: int | None,
+    outputs: dict[tuple[int, ...], list[int]],
+    num_pages: int = 256,
 ) -> Engine:
     """An engine with a context retriever, the method's rule, and a head, a model, random trees or nothing to draft."""
     options = DraftOptions(depth=3, width=4, branches=4, num_nodes=24)
-    target = Target(tiny_model("llama"), 256, PAGE_SIZE)
+    target = Target(tiny_model("llama"), num_pages, PAGE_SIZE)
     times = StepTimes((1, 64), (0.01, 0.02)) if budget is None else None
     economy = None if times is None else Economy(times, options.depth)
     drafters: dict[str, Callable[[], Drafter]] = {
-        "head": lambda: HeadDrafter(head_for("llama"), 256, PAGE_SIZE, slots, options),
+        "head": lambda: HeadDrafter(head_for("llama"), num_pages, PAGE_SIZE, slots, options),
         "model": lambda: ModelDrafter(Target(tiny_model("llama", 1), 256, PAGE_SIZE), options),
         "random": lambda: OracleDrafter(outputs),
         "none": NullDrafter,
@@ -131,3 +136,48 @@ def test_no_rule_changes_the_output(
     assert_equal("llama", requests, expected, got)
     if (name, drafter) != ("switch", "none"):  # which needs a match of five tokens
         assert sum(generation.drafted for generation in got) > 0
+
+
+def test_slots_that_give_way_are_drafted_for_again_and_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that computes its tokens again has a round that was none of the drafting's."""
+    gains: list[float] = []
+    observe_gain = Economy.observe_gain
+
+    def spy(economy: Economy, expected: np.ndarray, gained: float) -> None:
+        gains.append(gained)
+        observe_gain(economy, expected, gained)
+
+    monkeypatch.setattr(Economy, "observe_gain", spy)
+    prompts = prompts_for(6, 8)
+    requests = requests_for(prompts, GREEDY)
+    model = tiny_model("llama")
+    expected = [generate(model, prompt, NEW_TOKENS) for prompt in prompts]
+    done = sorted(engine_of("rasd", "head", 6, None, {}, num_pages=3).generate(requests), key=lambda g: g.request_id)
+    assert_equal("llama", requests, expected, done)
+    assert any(generation.num_requeues for generation in done)
+    assert len(gains) > 10
+
+
+class Late:
+    """A retriever that answers when it is waited for."""
+
+    is_ready = False
+
+    def send(self, views: Sequence[SlotView]) -> None:
+        """Nothing leaves."""
+
+    def lookup(self, views: Sequence[SlotView]) -> list[TokenTree]:
+        return [TokenTree.of([5, 6], [-1, 0], "corpus", [0.9, 0.9])] * len(views)
+
+
+def test_what_came_behind_the_draft_is_no_gain_of_drafting() -> None:
+    economy = Economy(StepTimes((1, 64), (0.01, 0.02)), 3)
+    rule = Calibrated(economy)
+    views = [SlotView(7, np.array([1, 2], np.int32), 8)]
+    for _ in range(50):
+        retrieval = Retrieval([Late()], views)  # type: ignore[list-item]
+        pace = rule.pace(views, retrieval)
+        pace.expand(0, {0: GrowingTree(8)})
+        (tree,) = rule.join(views, Draft([TokenTree.of([9], [-1], "draft", [0.1])]), retrieval.finish())
+        rule.observe(7, tree, np.array([5, 6, 1]), GREEDY)
+    assert economy.worth[0] < 0.5, "the draft model found nothing"
