@@ -29,6 +29,7 @@ from pipeline.tree import EMPTY_TREE, TokenTree
 from pipeline.verify import walk
 
 _SMOOTHING = 0.1  # of a round in moving averages
+_MOST_PREFILL = 0.5  # of a round's rows, for it to teach what rounds take: with many slots few have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +179,12 @@ class Engine:
         return select(trees, self._config.budget, self._times, rows, spent + self._overhead)
 
     def _observe_round(self, work: Sequence[Work], seconds: float) -> None:
-        """Learns what a round takes and brings; not from one with prefill."""
-        if self._times is not None and work and all(len(item.run.known) == 1 for item in work):
-            num_rows = sum(len(item.run) for item in work)
-            self._rule.observe_round(len(work), num_rows, self._emitted, seconds)
+        """Learns what a round takes and brings, prefill left out."""
+        num_rows, num_prefill = _rows(work)
+        num_slots = sum(len(item.run.known) == 1 for item in work)
+        if self._times is not None and num_slots and num_prefill <= _MOST_PREFILL * num_rows:
+            whole, own = self._times(np.array([num_rows, num_rows - num_prefill]))
+            self._rule.observe_round(num_slots, num_rows - num_prefill, self._emitted, seconds * float(own / whole))
 
     def _view(self, slot: Slot) -> SlotView:
         max_depth = slot.stop.max_new_tokens - slot.num_output - 1
@@ -196,8 +199,9 @@ class Engine:
         begin = self._clock()
         forward = self.target.forward([item.run for item in work])
         choices = self._choose(work, forward)
-        if self._times is not None and all(len(item.run.known) == 1 for item in work):
-            self._times.observe(sum(len(item.run) for item in work), self._clock() - begin)
+        num_rows, num_prefill = _rows(work)
+        if self._times is not None and num_prefill <= _MOST_PREFILL * num_rows:
+            self._times.observe(num_rows, self._clock() - begin)
         return forward, choices
 
     def _choose(self, work: Sequence[Work], forward: Forward) -> Choices:
@@ -277,3 +281,9 @@ class Engine:
             source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self.target.device)
             target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self.target.device)
             self.target.cache.move(source, target)
+
+
+def _rows(work: Sequence[Work]) -> tuple[int, int]:
+    """Rows of a round's pass, and how many of them belong to slots in prefill."""
+    prefill = sum(len(item.run) for item in work if len(item.run.known) > 1)
+    return sum(len(item.run) for item in work), prefill
