@@ -16,6 +16,9 @@ from pipeline.errors import ConfigError, DatastoreError, InputError, ModelError,
 
 COMMANDS = {
     "generate": ("jobs.generate", "generate text for a set of prompts, exactly once a row, resumable"),
+    "status": ("jobs.status", "how far a generation job is, while it runs and afterwards"),
+    "verify": ("jobs.verify", "read every byte of a job's output: each row once, checksums, schema"),
+    "merge": ("jobs.merge", "write a job's output as one file"),
     "train-draft": ("jobs.train_draft", "train a draft head on a target's own answers, resumable"),
     "simulate": ("jobs.simulate", "play recorded generations through methods and budgets, without the target"),
     "datastore": ("jobs.datastore", "build, grow, show and check datastores for retrieval"),

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -15,9 +16,11 @@ import ray
 from actors.rows import InputRow, ReplicaInfo, ShardStats, ShardTask
 from jobs.commit import Commit, CommitLog
 from jobs.seats import Event, Finished, Lost, Seat, Started, Work
+from jobs.suspects import Search
 from pipeline.errors import JobError
 
 MAX_KILLS = 3
+MAX_SEARCHES = 2  # for a shard's deadly row, without finding one
 # Attempts of different runs of the driver must differ: a replica of a dead run may still be writing.
 ATTEMPTS_A_RUN = 1000
 _TICK_SECONDS = 0.5
@@ -91,7 +94,7 @@ class Driver:
         """Commit every shard, or return early when the watcher says so.
 
         Raises:
-            JobError: replicas cannot be kept alive, or a shard ends every replica that has it.
+            JobError: replicas cannot be kept alive, or a shard ends them and no row of it alone does.
             RasdError: whatever a replica or the watcher raised.
         """
         try:
@@ -191,23 +194,48 @@ class Driver:
         match event:
             case Started(info):
                 self._watcher.started(info)
-            case Finished(result):
+            case Finished(work, result) if work.search is not None:
+                Path(result.path).unlink(missing_ok=True)
+                self._search_on(work, work.search, ended_replica=False)
+            case Finished(_, result):
                 self._watcher.committed(self._commits.commit(result))
             case Lost(lost, is_preemption):
                 for work in lost:
                     self._return(work, is_preemption)
 
     def _return(self, work: Work, is_preemption: bool) -> None:
-        kills = work.kills + (not is_preemption)
-        if kills >= MAX_KILLS:
+        work = replace(work, kills=work.kills + (not is_preemption))
+        if work.search is not None and not is_preemption:
+            self._search_on(work, work.search, ended_replica=True)
+        elif work.kills < MAX_KILLS or work.search is not None:
+            self._returned.appendleft(work)
+        elif work.searches < MAX_SEARCHES:
+            log.warning("shard %d ended %d replicas; looking for the row that does", work.shard, work.kills)
+            self._try(work, Search.over(work.rows))
+        else:
             first, last = work.rows[0], work.rows[-1]
             raise JobError(
-                f"{kills} replicas were lost while they had shard {work.shard}, rows {first.row_index} to"
-                f" {last.row_index} (ids {first.id!r} to {last.id!r}), the last one with nothing else. Look for a row"
-                " there that needs more memory than a replica has, and remove or shorten it."
+                f"{work.kills} replicas were lost while they had shard {work.shard}, rows {first.row_index} to"
+                f" {last.row_index} (ids {first.id!r} to {last.id!r}), but none of its rows ends one alone. Often it is"
+                " memory: lower --slots or --kv-memory. The same command resumes the job."
             )
-        self._returned.appendleft(replace(work, kills=kills))
+
+    def _search_on(self, work: Work, search: Search, *, ended_replica: bool) -> None:
+        """After a try: the next one, or all rows once more, the guilty one made an error row."""
+        if not search.is_last:
+            self._try(work, search.ended_replica() if ended_replica else search.came_through())
+            return
+        if ended_replica:
+            row = search.rows[search.low]
+            log.warning("row %d (id %r) ends replicas; it becomes an error row", row.row_index, row.id)
+            work = replace(work, rows=search.blamed(work.kills), kills=0, search=None, searches=0)
+        else:  # not this time; all rows get another chance
+            work = replace(work, rows=search.rows, search=None, searches=work.searches + 1)
+        self._returned.appendleft(work)
+
+    def _try(self, work: Work, search: Search) -> None:
+        self._returned.appendleft(replace(work, rows=search.tried, search=search))
 
 
 def _is_suspect(work: Work) -> bool:
-    return work.kills >= MAX_KILLS - 1
+    return work.kills >= MAX_KILLS - 1 or work.search is not None

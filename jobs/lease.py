@@ -122,6 +122,21 @@ class Lease:
                 os.utime(self._path)
 
 
+def live_holder(output: Path) -> str | None:
+    """Who works on an output directory now, for people; None if nobody does. Changes nothing.
+
+    Of a driver on another host its heartbeat counts, by this host's clock.
+    """
+    holder = read_json(output / "_lease")
+    if holder is None or _is_gone(holder):
+        return None
+    try:
+        age = time.time() - (output / "_lease").stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return _named(holder) if age < STALE_SECONDS else None
+
+
 def _identity() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 

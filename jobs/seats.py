@@ -24,6 +24,7 @@ from ray.exceptions import (
 )
 
 from actors.rows import InputRow, ReplicaInfo, ShardResult, ShardStats, ShardTask
+from jobs.suspects import Search
 from pipeline.errors import JobError, RasdError
 
 LOST = (
@@ -50,12 +51,16 @@ class Work:
     Attributes:
         tries: how often it was sent to one before.
         kills: how many replicas were lost while they had it.
+        search: for the row that ends them, of which `rows` are the next try; None while all rows are to be done.
+        searches: how many have found nothing.
     """
 
     shard: int
     rows: tuple[InputRow, ...]
     tries: int = 0
     kills: int = 0
+    search: Search | None = None
+    searches: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A shard's part file is ready to be committed."""
+    """A shard's part file is ready to be committed; that of a search only shows that its rows did no harm."""
 
+    work: Work
     result: ShardResult
 
 
@@ -167,10 +173,11 @@ class Seat:
         elif future is self._polling:
             self._polling, self._live = None, value
         else:
-            del self.working[future]
+            work = self.working.pop(future)
             self._deaths = 0
-            self._settled += value.stats
-            yield Finished(value)
+            if work.search is None:
+                self._settled += value.stats
+            yield Finished(work, value)
 
     def stop(self) -> list[dict[str, Any]]:
         """End the replica; an idle one may tidy up first, and tells the events of its rounds if they are traced."""
@@ -189,7 +196,8 @@ class Seat:
     def _lose(self, error: Exception) -> Lost:
         ray.kill(self._actor)
         lost = Lost(tuple(self.working.values()), bool(getattr(error, "preempted", False)))
-        self._deaths += 1
+        if all(work.search is None for work in lost.work):  # who searches for a deadly row expects to lose replicas
+            self._deaths += 1
         delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
         self._launch_at = time.monotonic() + delay
         log.warning("replica %d is lost (%s); %s", self.replica, _first_line(error), self._outlook(delay))

@@ -32,6 +32,7 @@ class Faults:
     Attributes:
         seconds_a_row: time each output row takes.
         deadly_prompt: a prompt that ends the process of whoever generates it.
+        deadly_rows: how many rows a shard has at least for that prompt to do harm in it.
         deaths: how many processes it ends before it is harmless; counted in `marks`, which outlives them.
         marks: a directory.
         start_error: message of the ModelError that `start` raises.
@@ -40,6 +41,7 @@ class Faults:
 
     seconds_a_row: float = 0.0
     deadly_prompt: str | None = None
+    deadly_rows: int = 1
     deaths: int = 10**9
     marks: str = ""
     start_error: str | None = None
@@ -101,6 +103,8 @@ class FakeReplica:
         writer = PartWriter(task.part_path, task.schema)
         for row in task.rows:
             for sample in range(self._config.num_samples):
+                if len(task.rows) >= self._faults.deadly_rows and row.error is None:
+                    self._die_of(row.prompt)
                 record = self._record(row, sample)
                 writer.add(record)
                 with self._lock:
@@ -120,13 +124,12 @@ class FakeReplica:
             return failed_record(row, sample, seed, row.error)
         time.sleep(self._faults.seconds_a_row)
         text = row.prompt if row.prompt is not None else str(row.messages)
-        self._die_of(text)
         if len(text.split()) > self._config.max_new_tokens:
             return failed_record(row, sample, seed, RowFailure("prompt_too_long", f"{len(text.split())} words"))
         return generated_record(row, sample, seed, fake_generation(text, seed))
 
-    def _die_of(self, prompt: str) -> None:
-        if prompt != self._faults.deadly_prompt:
+    def _die_of(self, prompt: str | None) -> None:
+        if prompt is None or prompt != self._faults.deadly_prompt:
             return
         marks = Path(self._faults.marks)
         if len(list(marks.iterdir())) < self._faults.deaths:

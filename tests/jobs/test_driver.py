@@ -20,7 +20,7 @@ from jobs.backend import Launch, Retrieving
 from jobs.cluster import Placement, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
-from jobs.driver import Driver, DriverConfig
+from jobs.driver import MAX_KILLS, Driver, DriverConfig
 from jobs.lease import Lease
 from pipeline.errors import ConfigError, JobError, ModelError
 from tests.fakes import FakeReplica, Faults, fake_generation
@@ -136,17 +136,33 @@ def test_row_that_kills_twice_and_then_not_is_generated(tmp_path: Path) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.usefixtures("on_ray")
-def test_shard_that_kills_every_replica_fails_the_job_and_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deadly", [8, 9, 11])
+def test_a_row_that_ends_every_replica_becomes_an_error_row(tmp_path: Path, deadly: int) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
     output = tmp_path / "out"
     output.mkdir()
-    listener = Listener()
+    driver = drive(output, Faults(deadly_prompt=f"prompt {deadly}", marks=str(marks)), Listener())
+    table = pq.read_table(sorted(output.glob("part-*.parquet")))
+    assert table["row_index"].to_pylist() == list(range(8 * ROWS_A_SHARD))
+    failed = [row for row in table.to_pylist() if row["status"] != "ok"]
+    assert [(row["row_index"], row["error_type"]) for row in failed] == [(deadly, "killed_replica")]
+    assert len(list(marks.iterdir())) <= MAX_KILLS + 3, "one of 4 rows: two halvings, and the row alone"
+    assert driver.stats.rows >= 8 * ROWS_A_SHARD
+    assert not list((output / "_tmp").glob("*.parquet")), "what a search has tried does not stay"
+
+
+@pytest.mark.chaos
+@pytest.mark.usefixtures("on_ray")
+def test_a_shard_that_ends_replicas_only_as_a_whole_fails_the_job_and_is_named(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    output = tmp_path / "out"
+    output.mkdir()
     with pytest.raises(
-        JobError, match=r"3 replicas were lost while they had shard 2, rows 8 to 11 \(ids '8' to '11'\)"
+        JobError, match=r"5 replicas were lost while they had shard 2, rows 8 to 11 \(ids '8' to '11'\)"
     ):
-        drive(output, Faults(deadly_prompt="prompt 9", marks=str(marks)), listener)
-    assert len(list(marks.iterdir())) == 3
+        drive(output, Faults(deadly_prompt="prompt 9", deadly_rows=ROWS_A_SHARD, marks=str(marks)), Listener())
 
 
 @pytest.mark.usefixtures("on_ray")

@@ -1,0 +1,72 @@
+"""What the commands that look at a job's output have in common: its plan and its commits, read and never written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.rows import ShardStats
+from jobs.commit import Commit, read_commits
+from jobs.files import read_json
+from jobs.options import Parser
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutput:
+    """A job's output directory as it is now.
+
+    Attributes:
+        plan: its plan.json.
+        commits: by shard.
+        damaged: commit records that cannot be read.
+    """
+
+    directory: Path
+    plan: Mapping[str, Any]
+    commits: Mapping[int, Commit]
+    damaged: tuple[Path, ...]
+
+    @staticmethod
+    def read(directory: Path) -> "JobOutput":
+        """Raises InputError if it is no output of `rasd generate`."""
+        plan = read_json(directory / "plan.json")
+        if plan is None or "fingerprint" not in plan:
+            raise InputError(f"{directory} is no output of rasd generate: it has no plan.json of one.")
+        found = list(read_commits(directory))
+        commits = {commit.shard: commit for commit, _ in found if commit is not None}
+        return JobOutput(directory, plan, commits, tuple(path for commit, path in found if commit is None))
+
+    @property
+    def num_shards(self) -> int:
+        return int(self.plan["num_shards"])
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.plan["fingerprint"]["num_samples"])
+
+    @property
+    def num_output_rows(self) -> int:
+        return int(self.plan["num_rows"]) * self.num_samples
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.commits) == self.num_shards
+
+    @property
+    def stats(self) -> ShardStats:
+        """Totals of what is committed."""
+        return sum((commit.stats for commit in self.commits.values()), ShardStats())
+
+    def keys(self, shard: int) -> list[tuple[int, int]]:
+        """The (row_index, sample) that a shard's part file holds, in order."""
+        size = int(self.plan["rows_per_shard"])
+        rows = range(shard * size, min((shard + 1) * size, int(self.plan["num_rows"])))
+        return [(row, sample) for row in rows for sample in range(self.num_samples)]
+
+
+def parser_for(command: str, usage: str, description: str, epilog: str) -> Parser:
+    """Of a command whose first argument is a job's output directory."""
+    parser = Parser(prog=f"rasd {command}", usage=f"rasd {command} {usage}", description=description, epilog=epilog)
+    parser.add_argument("output", metavar="DIR", type=Path, help="the --output of rasd generate")
+    return parser
