@@ -65,10 +65,10 @@ def load_prompts(
     return prompts
 
 
-def load(model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(model: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model as `generate` users have it, and its tokenizer."""
     resolved = resolve_model(model)
-    return load_causal_lm(resolved, dtype, "cpu"), load_tokenizer(resolved)
+    return load_causal_lm(resolved, dtype, device), load_tokenizer(resolved)
 
 
 def engine_for(model: str, dtype: torch.dtype, method: str, slots: int, **options: Any) -> Engine:

@@ -59,11 +59,8 @@ class AnswerSampler:
         self._device = model.device
         self._max_new = max_new
         self._num_samples = len(temperatures)
-        self._heads, self._kv, self._size = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            model_head_dim(model),
-        )
+        self._heads, self._kv = config.num_attention_heads, config.num_key_value_heads
+        self._size = model.model.layers[0].self_attn.head_dim
         self._layers = [_weights(layer) for layer in model.model.layers]
         rows = num_prompts * self._num_samples
         length = -(-(max_prompt + max_new) // _LENGTH_STEP) * _LENGTH_STEP
@@ -195,12 +192,6 @@ class AnswerSampler:
         self._is_done |= (chosen[:, None] == self._eos).any(-1)
         self._column += 1
         self._tokens.index_copy_(1, self._column, chosen[:, None])
-
-
-def model_head_dim(model: LlamaForCausalLM) -> int:
-    """Of one attention head."""
-    config = model.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def batches(prompts: Sequence[np.ndarray], size: int, seed: int) -> Iterator[list[np.ndarray]]:

@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmarks.common import Prompt, load_prompts, parser, report
+from benchmarks.common import Prompt, load, load_prompts, parser, report
 from benchmarks.reference import first_mismatch, generate
 from pipeline.assemble import EngineOptions, build_engine
 from pipeline.drafts import load_draft
 from pipeline.engine import Engine
 from pipeline.methods import method_named
-from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
+from pipeline.models import resolve_model
 from pipeline.request import Generation, Request, SamplingParams
 
 _SAMPLED = {"temperature": 0.8, "top_p": 0.9}
@@ -63,12 +62,7 @@ class _Bench:
     def __init__(self, options: argparse.Namespace, dtype: torch.dtype) -> None:
         self.options = options
         self.dtype = dtype
-        self._resolved = resolve_model(options.model)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._resolved)
-        self.reference = self._model()
-
-    def _model(self) -> PreTrainedModel:
-        return load_causal_lm(self._resolved, self.dtype, self.options.device)
+        self.reference, self.tokenizer = load(options.model, dtype, options.device)
 
     def prompts(self, per_task: int) -> list[Prompt]:
         return load_prompts(self.options.prompts, self.tokenizer, per_task)
@@ -77,8 +71,10 @@ class _Bench:
         """`name` is METHOD or METHOD:BUDGET."""
         method_name, _, budget = name.partition(":")
         method = method_named(method_name, {"draft"})
-        model = self._model()
-        draft = load_draft(self.options.draft, model, self._resolved) if "draft" in method.sources else None
+        model, _ = load(self.options.model, self.dtype, self.options.device)
+        draft = None
+        if "draft" in method.sources:
+            draft = load_draft(self.options.draft, model, resolve_model(self.options.model))
         chosen = EngineOptions(num_slots=slots, budget=int(budget) if budget else None, max_context=2048)
         return build_engine(model, self.tokenizer, method, chosen, (), draft)
 

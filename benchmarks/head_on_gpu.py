@@ -4,8 +4,8 @@
     python -m benchmarks.head_on_gpu train --model DIR --prompts prompts.npz --initial pipeline/heads/smollm2-135m \\
         --answer-seconds 200 --train-seconds 250 --output OUTPUT
 
-`train` needs torch, transformers, numpy and safetensors only. How much is answered and learned is what the seconds
-allow, so two runs differ; for heads that can be trained again to the bit there is `rasd train-draft`.
+`train` needs torch, transformers, numpy, numba, psutil and safetensors only. How much is answered and learned is what
+the seconds allow, so two runs differ; for heads that can be trained again to the bit there is `rasd train-draft`.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.gpu_answers import AnswerSampler, batches
+from jobs.curve import CURVE, curve_line, described
+from pipeline.assemble import eos_token_ids
 from pipeline.head import DraftHead
 from pipeline.head_files import load_head, new_head, read_config, save_head
 from pipeline.prompts import encode_messages
@@ -107,24 +109,16 @@ def _train(options: argparse.Namespace) -> None:
     print(json.dumps(record["initial"]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 1.2 * options.train_seconds
-    with (options.output / "curve.jsonl").open("w") as curve:
+    with (options.output / CURVE).open("w") as curve:
         while not trainer.is_done and time.monotonic() < deadline:
             seen = trainer.train_step()
             if trainer.step % options.evaluate_every == 0 or trainer.is_done:
                 evaluation = trainer.evaluate(held_out)
-                line = {
-                    "step": trainer.step,
-                    "tokens": trainer.num_tokens,
-                    "training": dataclasses.asdict(seen),
-                    "held_out": dataclasses.asdict(evaluation),
-                }
+                line = curve_line(trainer.step, trainer.num_tokens, seen, evaluation)
                 curve.write(json.dumps(line) + "\n")
                 curve.flush()
                 save_head(head, options.output)
-                shown = " ".join(f"{a:.3f}" for a in evaluation.accuracy)
-                print(
-                    f"{time.monotonic() - began:.0f} s: step {trainer.step}: {trainer.num_tokens} {shown}", flush=True
-                )
+                print(f"{time.monotonic() - began:.0f} s: {described(line)}", flush=True)
     save_head(head, options.output)
     record |= {"trained": _evaluations(trainer, held_out), "learned": trainer.num_tokens, "seconds": trainer.seconds}
     record["total_seconds"] = time.monotonic() - began
@@ -136,7 +130,7 @@ def _sampler(
     model: AutoModelForCausalLM, prompts: Sequence[np.ndarray], options: argparse.Namespace, at_once: int
 ) -> AnswerSampler:
     longest = max(len(prompt) for prompt in prompts)
-    return AnswerSampler(model, at_once, _TEMPERATURES, longest, options.max_new_tokens, _eos_ids(model))
+    return AnswerSampler(model, at_once, _TEMPERATURES, longest, options.max_new_tokens, eos_token_ids(model))
 
 
 def _questions(
@@ -147,7 +141,7 @@ def _questions(
     end = prompts[0][len(prompts[0]) - _num_shared([prompt[::-1] for prompt in prompts]) :]
     at_once = options.prompts_at_once * len(_TEMPERATURES)
     temperatures = _QUESTION_TEMPERATURES * (at_once // len(_QUESTION_TEMPERATURES))
-    eos_ids = _eos_ids(model)
+    eos_ids = eos_token_ids(model)
     sampler = AnswerSampler(model, 1, temperatures, len(begin), _MAX_QUESTION, eos_ids)
     found: dict[bytes, np.ndarray] = {}
     for _ in range(2 * -(-options.questions // at_once)):
@@ -165,11 +159,6 @@ def _num_shared(prompts: Sequence[np.ndarray]) -> int:
     shortest = min(len(prompt) for prompt in prompts)
     differs = np.any([prompt[:shortest] != prompts[0][:shortest] for prompt in prompts], axis=0)
     return int(differs.argmax()) if differs.any() else shortest
-
-
-def _eos_ids(model: AutoModelForCausalLM) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
 
 
 def _new_head(model: AutoModelForCausalLM, examples: Sequence[Example], initial: Path) -> DraftHead:

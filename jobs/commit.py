@@ -101,7 +101,7 @@ class CommitLog:
             with writing(self._output / commit.file):
                 source.replace(self._output / commit.file)
                 fsync(self._output)
-            create_json(self._record_path(result.shard), asdict(commit))
+            create_json(record_path(self._output, result.shard), asdict(commit))
         self._commits[result.shard] = commit
         return commit
 
@@ -109,9 +109,6 @@ class CommitLog:
         """Remove the directory of temporary parts once every shard is committed."""
         with self._lease.held():
             shutil.rmtree(self._output / "_tmp", ignore_errors=True)
-
-    def _record_path(self, shard: int) -> Path:
-        return self._output / "_commits" / f"{shard:06d}.json"
 
     def _check(self, source: Path, result: ShardResult) -> None:
         try:
@@ -136,6 +133,11 @@ class CommitLog:
             # Not made by a crash of ours (the record comes last): somebody removed or changed the file.
             log.warning("the part file of %s is missing or changed; its shard will be generated again", path.name)
             path.unlink()
+
+
+def record_path(output: Path, shard: int) -> Path:
+    """Where a shard's commit record is, or will be."""
+    return output / "_commits" / f"{shard:06d}.json"
 
 
 def read_commits(output: Path) -> Iterator[tuple[Commit | None, Path]]:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def read_curve(path: Path) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     return [lines[step] for step in sorted(lines)]
+
+
+def curve_line(step: int, tokens: int, seen: Any, evaluation: Any) -> dict[str, Any]:
+    """A line of the curve.
+
+    Args:
+        seen, evaluation: `pipeline.training.trainer.Evaluation` of the step's own batch, and of what is held out.
+    """
+    return {"step": step, "tokens": tokens, "training": asdict(seen), "held_out": asdict(evaluation)}
 
 
 def described(line: Mapping[str, Any]) -> str:

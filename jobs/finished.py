@@ -9,6 +9,7 @@ from actors.rows import ShardStats
 from jobs.commit import Commit, read_commits
 from jobs.files import read_json
 from jobs.options import Parser
+from jobs.plan import shard_rows
 from pipeline.errors import InputError
 
 
@@ -60,8 +61,7 @@ class JobOutput:
 
     def keys(self, shard: int) -> list[tuple[int, int]]:
         """The (row_index, sample) that a shard's part file holds, in order."""
-        size = int(self.plan["rows_per_shard"])
-        rows = range(shard * size, min((shard + 1) * size, int(self.plan["num_rows"])))
+        rows = shard_rows(shard, int(self.plan["rows_per_shard"]), int(self.plan["num_rows"]))
         return [(row, sample) for row in rows for sample in range(self.num_samples)]
 
 

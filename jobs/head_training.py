@@ -7,14 +7,13 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from jobs.curve import CURVE, described, plot_curve
+from jobs.curve import CURVE, curve_line, described, plot_curve
 from jobs.files import read_json, writing
 from jobs.report import print_table
 from jobs.train_config import TrainConfig
@@ -199,12 +198,7 @@ def _is_begun(output: Path, fixed: dict[str, Any]) -> bool:
 
 def _record(output: Path, trainer: Trainer, seen: Evaluation, evaluation: Evaluation) -> None:
     """A line of the curve, then a checkpoint: a step that is repeated after a kill comes twice in the curve."""
-    line = {
-        "step": trainer.step,
-        "tokens": trainer.num_tokens,
-        "training": asdict(seen),
-        "held_out": asdict(evaluation),
-    }
+    line = curve_line(trainer.step, trainer.num_tokens, seen, evaluation)
     with writing(output / CURVE), (output / CURVE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.info("%s", described(line))

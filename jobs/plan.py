@@ -96,7 +96,12 @@ class Plan:
 
     def shard_rows(self, shard: int) -> range:
         """Row indices of a shard."""
-        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, self.num_rows))
+        return shard_rows(shard, self.rows_per_shard, self.num_rows)
+
+
+def shard_rows(shard: int, rows_per_shard: int, num_rows: int) -> range:
+    """Row indices of a shard of a job."""
+    return range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, num_rows))
 
 
 def make_plan(

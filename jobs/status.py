@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.commit import record_path
 from jobs.finished import JobOutput, parser_for
 from jobs.lease import live_holder
 from jobs.report import print_table
@@ -85,7 +86,7 @@ def _rate(output: JobOutput) -> float:
     since = max(began, now - _WINDOW_SECONDS)
     rows = 0
     for shard, commit in output.commits.items():
-        record = output.directory / "_commits" / f"{shard:06d}.json"
+        record = record_path(output.directory, shard)
         if record.exists() and record.stat().st_mtime >= since:
             rows += commit.rows
     return rows / (now - since) if now > since else 0.0

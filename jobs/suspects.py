@@ -50,7 +50,7 @@ class Search:
         row = self.rows[self.low]
         message = (
             f"This row ended {kills} replicas, the last one alone. Look for what needs more memory than a replica has,"
-            " such as a very long prompt; shorten it or lower --slots, then run the job with --retry-errors."
+            " such as a very long prompt; shorten it, or lower --slots, and give it to another job."
         )
         guilty = replace(row, error=RowFailure("killed_replica", message))
         return (*self.rows[: self.low], guilty, *self.rows[self.low + 1 :])

@@ -132,7 +132,7 @@ def _draft_bytes(draft: PreTrainedModel | DraftHead | None) -> int:
     return kv_shape(draft).bytes_per_token
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> tuple[int, ...]:
     """Token ids that end a sequence, as `generate` takes them: generation config, else config, else tokenizer."""
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         ids: Any = getattr(source, "eos_token_id", None)

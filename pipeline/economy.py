@@ -68,7 +68,7 @@ class LevelTimes:
 
 
 class Economy:
-    """What a replica has learned about the worth of drafting; hands each round its pace.
+    """What a replica has learned about the worth of drafting.
 
     Args:
         times: of the target's passes.

@@ -12,8 +12,7 @@ from pipeline.training.data import Example, padded, span
 from pipeline.training.lessons import NUM_TOP, Lesson, LessonCache
 from pipeline.training.unrolled import Batch
 
-_ROWS = {"cpu": 256}  # whose scores of the whole vocabulary are held in fp32 at once; elsewhere:
-_MANY_ROWS = 2048
+_ROWS, _ROWS_ON_CPU = 2048, 256  # whose scores of the whole vocabulary are held in fp32 at once
 
 
 class Teacher:
@@ -73,7 +72,7 @@ class Teacher:
         logits = self._model(input_ids=token_ids, use_cache=False, logits_to_keep=token_ids.shape[1] - first).logits
         states = self._tap.take()
         ids, probabilities, best = [], [], []
-        at_once = _ROWS.get(token_ids.device.type, _MANY_ROWS)
+        at_once = _ROWS_ON_CPU if token_ids.device.type == "cpu" else _ROWS
         for begin in range(0, len(places), at_once):
             row, place = places[begin : begin + at_once].unbind(1)
             scores = logits[row, place - first].float()

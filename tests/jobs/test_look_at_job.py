@@ -84,21 +84,21 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def repeat_a_row(path: Path) -> None:
-    """A part file whose commit record agrees with it, but whose rows are not the shard's."""
-    table = pq.read_table(path)
-    pq.write_table(pa.concat_tables([table.slice(0, 3), table.slice(2, 1), table.slice(4)]), path)
+def recommit(path: Path, table: pa.Table) -> None:
+    """Another part file, and a commit record that agrees with it."""
+    pq.write_table(table, path)
     record = path.parent / "_commits" / "000002.json"
     commit = json.loads(record.read_text())
     record.write_text(json.dumps({**commit, "bytes": path.stat().st_size, "sha256": file_sha256(path)}))
+
+
+def repeat_a_row(path: Path) -> None:
+    table = pq.read_table(path)
+    recommit(path, pa.concat_tables([table.slice(0, 3), table.slice(2, 1), table.slice(4)]))
 
 
 def drop_a_column(path: Path) -> None:
-    table = pq.read_table(path)
-    pq.write_table(table.drop_columns(["n"]), path)
-    record = path.parent / "_commits" / "000002.json"
-    commit = json.loads(record.read_text())
-    record.write_text(json.dumps({**commit, "bytes": path.stat().st_size, "sha256": file_sha256(path)}))
+    recommit(path, pq.read_table(path).drop_columns(["n"]))
 
 
 @pytest.mark.parametrize(
