@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from pipeline.budget import StepTimes
+from pipeline.resting import Resting
 from pipeline.tree import TokenTree, node_depths
 
 COVERED = np.array([0.05, 0.25, 0.5, 0.75, 0.9])  # bounds of the kinds of nodes: how surely retrieval goes on from them
@@ -78,6 +79,7 @@ class Economy:
     def __init__(self, times: StepTimes, depth: int) -> None:
         self.times = times
         self.level_times = LevelTimes(times)
+        self.resting = Resting()
         self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains`
         self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
         self._gained = _FIRST_TOKENS * _FIRST_WORTH
@@ -190,8 +192,13 @@ class Economy:
         """A round without prefill verified so many rows, one of each slot a root, and emitted so many tokens."""
         seconds = min(seconds, _MOST_OFF * (float(self.times(np.array([num_rows]))[0]) + self._drafting))
         self._drafting = 0.0
+        plain_tokens = seconds * self._plain_rate(num_slots)
+        is_resting = self.resting.is_resting
+        self.resting.observe(num_tokens, plain_tokens)
+        if is_resting:
+            return
         self._tokens = _RATE_DECAY * self._tokens + num_tokens
-        self._plain_tokens = _RATE_DECAY * self._plain_tokens + seconds * self._plain_rate(num_slots)
+        self._plain_tokens = _RATE_DECAY * self._plain_tokens + plain_tokens
         self._rows = _RATE_DECAY * self._rows + num_rows
         self._roots = _RATE_DECAY * self._roots + num_slots
 

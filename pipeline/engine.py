@@ -89,6 +89,7 @@ class Engine:
         self._times = times
         pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
         self._proposed: dict[int, TokenTree] = {}  # by slot, this round's candidates
+        self._rests = False  # whether this round does without speculation
         self._emitted = 0  # tokens of this round
         self._overhead = 0.0  # seconds of a round's commit, lately
         self._clock = clock
@@ -146,6 +147,7 @@ class Engine:
         begin = self._clock()
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
+        self._rests = self._rule.rests(len(decoding))
         self._proposed = dict(zip([slot.number for slot in decoding], self._propose(decoding), strict=True))
         with self.phases("select"):
             trees = self._select(self._clock() - begin)
@@ -162,6 +164,8 @@ class Engine:
 
         Retrievers in other processes work while the draft model does.
         """
+        if self._rests:
+            return [EMPTY_TREE] * len(decoding)
         views = [self._view(slot) for slot in decoding]
         with self.phases("retrieve"):
             retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits)
@@ -223,13 +227,16 @@ class Engine:
         for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
             slot, run = item.slot, item.run
             accepted = np.empty(0, np.int32)
+            if self._rests and slot.num_output and len(run.known) == 1 and slot.is_followed:
+                slot.is_followed = False  # its next tokens are not worth a drafter's while
+                self.drafter.release(slot.number)
             if begin < 0:
                 slot.cached += len(run.known)
             else:
                 accepted = self._emit(slot, run.tree, choices, begin)
                 moves.append(self._keep(slot, run.cached + len(run.known), accepted))
                 slot.cached += len(run.known) + len(accepted)
-            if forward.states is not None:
+            if forward.states is not None and slot.is_followed:
                 rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
                 tokens = slot.known[run.cached : run.cached + len(rows)]
                 committed.append(Committed(slot.number, slot.pages, run.cached, tokens))
@@ -261,6 +268,7 @@ class Engine:
         self._emitted += slot.length - length
         if is_round:
             slot.count_round(tree, kept)
+        if is_round and not self._rests:
             proposed, along = self._proposed.get(slot.number, EMPTY_TREE), token_ids[[0, *(accepted + 1).tolist()]]
             self._acceptance.observe(proposed, along)
             self._rule.observe(slot.number, proposed, along, slot.request.params)

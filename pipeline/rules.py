@@ -34,6 +34,11 @@ class Rule:
         """
         return cls()
 
+    def rests(self, num_slots: int) -> bool:
+        """Whether this round, of so many decoding slots, does without speculation; nothing else is asked of it then
+        but `observe_round`."""
+        return False
+
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         """How far the draft model goes this round, of which not all may be retrieved yet."""
         return FullPace()
@@ -123,6 +128,9 @@ class Calibrated(Rule):
     @classmethod
     def for_engine(cls, economy: Economy | None) -> "Rule":
         return cls(economy)
+
+    def rests(self, num_slots: int) -> bool:
+        return self._economy is not None and num_slots > 0 and self._economy.resting.begin_round(num_slots)
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         if self._economy is None:

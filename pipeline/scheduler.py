@@ -76,6 +76,7 @@ class Scheduler:
             self._waiting.popleft()
             slot.number = self._free.pop()
             slot.order = self._admitted
+            slot.is_followed = True
             self._admitted += 1
             self._active.append(slot)
             for retriever in self._retrievers:

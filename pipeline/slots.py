@@ -22,6 +22,7 @@ class Slot:
         order: admission order; the youngest gives way when KV memory runs out.
         tokens: [capacity] int32, prompt and output; the first `length` are known.
         cached: tokens whose keys and values are committed in `pages`.
+        is_followed: whether the drafter is told of its tokens.
     """
 
     request: Request
@@ -31,6 +32,7 @@ class Slot:
     number: int = -1
     order: int = -1
     cached: int = 0
+    is_followed: bool = True
     pages: PageRun = field(default_factory=PageRun)
     logprobs: list[float] = field(default_factory=list)
     rounds: int = 0

@@ -158,6 +158,26 @@ def test_slots_that_give_way_are_drafted_for_again_and_learned_from(monkeypatch:
     assert gains
 
 
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("drafter", ["head", "model"])
+@pytest.mark.parametrize("num_pages", [256, 5])
+def test_rounds_of_rest_change_nothing(
+    drafter: str, num_pages: int, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever speculation pauses, and while slots give way; afterwards it goes on."""
+    draws = np.random.default_rng(3)
+    monkeypatch.setattr(Calibrated, "rests", lambda self, num_slots: bool(num_slots and draws.random() < 0.3))
+    prompts = [prompt * 3 for prompt in prompts_for(31, 8)]
+    requests = requests_for(prompts, params)
+    expected = expected_outputs(requests)
+    done = sorted(
+        engine_of("rasd", drafter, 4, None, {}, num_pages).generate(requests),
+        key=lambda generation: generation.request_id,
+    )
+    assert_equal("llama", requests, expected, done)
+    assert sum(generation.drafted for generation in done) > 0
+
+
 class Late:
     """A retriever that answers when it is waited for."""
 

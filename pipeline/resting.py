@@ -1,0 +1,83 @@
+"""When a replica rests: rounds in which nothing is looked up or drafted, because speculation does not pay.
+
+With many slots a pass takes nearly as long as its rows, and what surrounds it is not earned back. Rounds of both kinds
+are compared by their tokens against what plain decoding's passes alone would have made in the same time, at each
+number of slots by itself; the lesser kind is tried again, ever more rarely while it stays the lesser.
+"""
+
+import math
+from dataclasses import dataclass
+
+_DECAY = 0.95  # of a round in moving averages
+_TRIAL = 24  # rounds of one kind before it is judged
+_SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
+_CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
+
+
+@dataclass(slots=True)
+class _Worth:
+    """Tokens against plain decoding's in the same time, newer rounds counting more."""
+
+    tokens: float = 0.0
+    plain: float = 0.0
+    num_rounds: int = 0
+
+    def observe(self, tokens: float, plain: float) -> None:
+        self.tokens = _DECAY * self.tokens + tokens
+        self.plain = _DECAY * self.plain + plain
+        self.num_rounds += 1
+
+    @property
+    def value(self) -> float:
+        return self.tokens / self.plain
+
+
+class _Level:
+    """What is known at about one number of slots."""
+
+    def __init__(self) -> None:
+        self.is_resting = False
+        self._speculation, self._rest = _Worth(), _Worth()
+        self._left = _TRIAL  # rounds until the next decision
+        self._length = _SHORTEST
+
+    def observe(self, tokens: float, plain: float) -> None:
+        """A round of the current kind."""
+        (self._rest if self.is_resting else self._speculation).observe(tokens, plain)
+        self._left -= 1
+        if self._left <= 0:
+            self._decide()
+
+    def _decide(self) -> None:
+        is_better = self._rest.num_rounds > 0 and self._rest.value > self._speculation.value
+        if self.is_resting and not (is_better and self._rest.num_rounds == _TRIAL):
+            self.is_resting, self._left = False, _TRIAL
+        elif is_better:
+            self.is_resting, self._left = True, self._length
+            self._length = min(2 * self._length, _LONGEST)
+        elif self._rest.num_rounds == 0 and self._speculation.value < _CERTAIN:
+            self.is_resting, self._left = True, _TRIAL
+        else:
+            self._length = _SHORTEST  # and the next round decides again
+
+
+class Resting:
+    """Decides round by round whether to rest."""
+
+    def __init__(self) -> None:
+        self._levels: dict[int, _Level] = {}
+        self._level = _Level()  # of this round
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether this round does without speculation."""
+        return self._level.is_resting
+
+    def begin_round(self, num_slots: int) -> bool:
+        """Whether a round of so many decoding slots, one at least, does without speculation."""
+        self._level = self._levels.setdefault(round(math.log2(num_slots)), _Level())
+        return self._level.is_resting
+
+    def observe(self, tokens: float, plain_tokens: float) -> None:
+        """The round emitted tokens; plain decoding's passes would have made `plain_tokens` in its time."""
+        self._level.observe(tokens, plain_tokens)
