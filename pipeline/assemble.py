@@ -147,7 +147,7 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
     Rows are spread over the slots: the same rows of more sequences take longer.
     """
     seconds = []
-    num_pages = target.cache.keys.shape[1]
+    num_pages = target.num_pages
     timed = [rows for rows in TIMED_ROWS if rows <= max(ALWAYS_TIMED, 2 * num_slots)]
     num_slots = min(num_slots, num_pages)
     timed = [rows for rows in timed if sum(map(_pages_of, _spread(rows, num_slots))) <= num_pages]

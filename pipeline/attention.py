@@ -1,11 +1,13 @@
 """Tree attention over the paged KV pool, registered with transformers as the attention implementation `rasd`.
 
-Two ways to compute the same thing: the numba kernel of `pipeline.cpu_attention`, exactly ragged, for trees and short
-chains on a CPU; and torch's sdpa over gathered pages, for prefill chunks everywhere and for all runs on other devices
-and dtypes.
+Three ways to compute the same thing: the numba kernel of `pipeline.cpu_attention`, exactly ragged, for trees and short
+chains on a CPU; the Triton kernel of `pipeline.gpu_attention` for everything on a GPU; and torch's sdpa over gathered
+pages, for prefill chunks on a CPU and wherever a kernel lacks something.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as cached
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from pipeline import cpu_attention
 from pipeline.errors import ModelError
 from pipeline.kv_cache import PagedCache
 from pipeline.packing import PackedRow
+from pipeline.tiles import Tiles, attend_by_tile, rows_per_tile, tiles_on
 
 IMPLEMENTATION = "rasd"
 LONG_CHAIN = 24  # chains at least this long go to sdpa, whose matrix products win there (benchmarks in docs/LOG.md)
@@ -23,10 +26,16 @@ LONG_CHAIN = 24  # chains at least this long go to sdpa, whose matrix products w
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What the attention function needs beyond its tensors; travels as the model's keyword argument `packed`."""
+    """What the attention function needs beyond its tensors; travels as the model's keyword argument `packed`.
 
-    row: PackedRow
+    Attributes:
+        row: what is computed; may lack if `tiles` say it.
+        tiles: the same as a kernel's work, where it must lie at fixed places.
+    """
+
+    row: PackedRow | None
     cache: PagedCache
+    tiles: Tiles | None = None
 
 
 def rasd_attention(
@@ -53,6 +62,12 @@ def rasd_attention(
     keys, values = cache.keys[layer], cache.values[layer]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q = query[0].transpose(0, 1)  # [C, H, D]
+    tiles = packed.tiles
+    if tiles is None and row is not None and softcap is None and _gpu_kernel(q.device.type) is not None:
+        tiles = _tiles(row, q.shape[1] // keys.shape[1], q.device)
+    if tiles is not None:
+        return _attend_tiles(q, keys, values, tiles, scale, sliding_window, softcap)[None], None
+    assert row is not None
     if row.computed is not None:  # nodes done before ask nothing, but stand in the masks
         q = q.new_zeros((len(row.positions), *q.shape[1:])).index_copy_(0, row.computed, q)  # [T, H, D]
     num_runs = len(row.cached)
@@ -73,6 +88,40 @@ def rasd_attention(
 
 
 AttentionInterface.register(IMPLEMENTATION, rasd_attention)
+
+
+@cached
+def _gpu_kernel(device_type: str) -> Callable[..., torch.Tensor] | None:
+    """The Triton kernel, where it can run."""
+    if device_type != "cuda":
+        return None
+    try:
+        from pipeline.gpu_attention import attend
+    except ImportError:  # PyTorch comes without Triton on some platforms
+        return None
+    return attend
+
+
+def _attend_tiles(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    tiles: Tiles,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    kernel = _gpu_kernel(q.device.type) if softcap is None else None
+    if kernel is not None:
+        return kernel(q, keys, values, tiles, scale=scale, sliding_window=window)
+    return attend_by_tile(q, keys, values, tiles, scale=scale, sliding_window=window, softcap=softcap)
+
+
+def _tiles(row: PackedRow, fold: int, device: torch.device) -> Tiles:
+    tiles = row.scratch.get("tiles")
+    if not isinstance(tiles, Tiles):
+        tiles = row.scratch["tiles"] = tiles_on(row, rows_per_tile(fold), device)
+    return tiles
 
 
 def _has_kernel(query: torch.Tensor) -> bool:

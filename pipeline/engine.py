@@ -87,7 +87,7 @@ class Engine:
         self._acceptance = acceptance
         self._config = config
         self._times = times
-        pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
+        pool = PagePool(target.num_pages, target.cache.page_size)
         self._proposed: dict[int, TokenTree] = {}  # by slot, this round's candidates
         self._rests = False  # whether this round does without speculation
         self._emitted = 0  # tokens of this round
@@ -227,8 +227,9 @@ class Engine:
         for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
             slot, run = item.slot, item.run
             accepted = np.empty(0, np.int32)
-            if self._rests and slot.num_output and len(run.known) == 1 and slot.is_followed:
-                slot.is_followed = False  # its next tokens are not worth a drafter's while
+            is_decoding = bool(slot.num_output) and len(run.known) == 1
+            if self._rests and slot.is_followed and (is_decoding or not self._rule.follows):
+                slot.is_followed = False
                 self.drafter.release(slot.number)
             if begin < 0:
                 slot.cached += len(run.known)

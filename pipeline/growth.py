@@ -117,8 +117,9 @@ def grow(
         begins: the first row of each tree.
         token_ids: [V] int64 token of each column of a draft model with a vocabulary of its own.
     """
-    rows = [row for growth in growths for row in _choice_rows(growth, options)]
-    scores = perturbed_scores(logits, rows, token_ids) if any(not row.params.is_greedy for row in rows) else logits
+    scores = logits
+    if options.is_coupled and any(not growth.view.params.is_greedy for growth in growths):
+        scores = perturbed_scores(logits, [row for growth in growths for row in _choice_rows(growth)], token_ids)
     top = scores.log_softmax(dim=-1).topk(min(options.branches, scores.shape[-1]), dim=-1)
     chosen = top.indices if token_ids is None else token_ids[top.indices]
     logprobs, tokens = top.values.cpu().numpy(), chosen.cpu().numpy()
@@ -133,11 +134,11 @@ def drafted(growths: Mapping[int, Growth], num_views: int, options: DraftOptions
     return [grown.get(index, EMPTY_TREE) for index in range(num_views)]
 
 
-def _choice_rows(growth: Growth, options: DraftOptions) -> list[ChoiceRow]:
+def _choice_rows(growth: Growth) -> list[ChoiceRow]:
     """How the target will choose after each node of the frontier."""
     view, new = growth.view, growth.tree.num_new
     depths = node_depths(growth.tree.expanded.parents)[-new:].tolist() if new else [0]
-    if view.params.is_greedy or not options.is_coupled:
+    if view.params.is_greedy:
         greedy = ChoiceRow(SamplingParams())
         return [greedy] * len(depths)
     length = len(view.tokens)

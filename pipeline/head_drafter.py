@@ -5,28 +5,22 @@ share, copy and release are the head's too. Entries of committed tokens wait in 
 What is drafted goes to scratch pages behind the pool.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from pipeline.attention import AttentionContext, rasd_attention
 from pipeline.draft_tree import GrowingTree
 from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.head_entries import HeadEntries
+from pipeline.head_pass import HeadPasses
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.pace import Pace
-from pipeline.packing import PackedRow, Run, pack
+from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.proposal import Committed, Draft, SlotView
 from pipeline.tree import EMPTY_TREE
-
-
-class _Layer(torch.nn.Module):
-    """What the attention function asks of its module."""
-
-    layer_idx = 0
 
 
 class HeadDrafter:
@@ -39,9 +33,19 @@ class HeadDrafter:
         head: on the target's device, in its dtype.
         num_pages, page_size: of the target's pool.
         num_slots: slots of the engine; each has scratch pages of its own.
+        is_static: see `pipeline.head_pass.HeadPasses`.
     """
 
-    def __init__(self, head: DraftHead, num_pages: int, page_size: int, num_slots: int, options: DraftOptions) -> None:
+    def __init__(
+        self,
+        head: DraftHead,
+        num_pages: int,
+        page_size: int,
+        num_slots: int,
+        options: DraftOptions,
+        *,
+        is_static: bool | None = None,
+    ) -> None:
         config = head.config
         self.observer: Callable[[Growth], None] | None = None
         self._head = head
@@ -51,9 +55,10 @@ class HeadDrafter:
         self._first_scratch = num_pages
         weight = head.fuse.weight
         shape = KVShape(1, config.num_kv_heads, config.head_dim, weight.dtype)
-        self._cache = PagedCache(shape, num_pages + num_slots * self._scratch_pages, page_size, weight.device)
-        self._layer = _Layer()
-        self._entries = HeadEntries(head, self._cache)
+        all_pages = num_pages + num_slots * self._scratch_pages + 1  # the last is nobody's
+        cache = PagedCache(shape, all_pages, page_size, weight.device)
+        self._passes = HeadPasses(head, cache, is_static=is_static)
+        self._entries = HeadEntries(head, cache)
 
     def release(self, slot: int) -> None:
         self._entries.release(slot)
@@ -70,15 +75,12 @@ class HeadDrafter:
     @torch.inference_mode()
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
-        outputs: dict[int, torch.Tensor] = {}  # of each tree: [1 + expanded, H], the root's first
+        known = _Known()
         root_logprobs: torch.Tensor | None = None
         for level, working in levels(growths, self._options, pace, prepare=self._entries.write):
-            hidden = self._level(working, outputs)
-            logits = self._head.logits(hidden).float()
+            hidden, logits = self._level(working, known)
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
-            for (index, growth), begin in zip(working.items(), begins, strict=True):
-                new = hidden[begin : begin + growth.num_rows]
-                outputs[index] = torch.cat([outputs[index], new]) if level else new
+            known.add(hidden, {index: growth.num_rows for index, growth in working.items()})
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
@@ -100,28 +102,42 @@ class HeadDrafter:
         scratch = range(first, first + self._scratch_pages)
         return Growth(view, PageRun(pages=[*held, *scratch]), GrowingTree(self._options.width), depth)
 
-    def _level(self, working: dict[int, Growth], outputs: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The layer's output for all nodes to be expanded, [M, H], slot by slot."""
-        growths = list(working.values())
-        runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in growths]
-        row = pack(runs, len(runs), self._page_size, self._cache.keys.device)
-        before = []
-        for index, growth in working.items():
-            if not growth.tree.num_new:
-                before.append(self._entries.before(growth.view.slot))
-            else:
-                parents = growth.tree.expanded.parents[-growth.tree.num_new :].astype(np.int64)
-                before.append(outputs[index][torch.from_numpy(parents + 1).to(row.token_ids.device)])
-        return self._attend(row, torch.cat(before))
+    def _level(self, working: dict[int, Growth], known: "_Known") -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output [M, H] and logits for all nodes to be expanded, slot by slot."""
+        runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in working.values()]
+        if known.outputs is None:
+            before = torch.cat([self._entries.before(growth.view.slot) for growth in working.values()])
+        else:
+            parents = {i: growth.tree.expanded.parents[-growth.tree.num_new :] for i, growth in working.items()}
+            before = known.of(parents)
+        return self._passes.run(runs, before)
 
-    def _attend(self, row: PackedRow, features: torch.Tensor) -> torch.Tensor:
-        inputs = self._head.inputs(row.token_ids[0], features)
-        query, key, value = self._head.heads(inputs, row.position_ids[0])
-        self._cache.begin(row)
-        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, C, D]
-        self._cache.update(key, value, 0)
-        attended, _ = rasd_attention(self._layer, query, key, value, None, packed=AttentionContext(row, self._cache))
-        return self._head.close(self._head.residual(inputs, features), attended[0].flatten(1))
+
+class _Known:
+    """The head's outputs for all nodes of all trees of a draft.
+
+    Attributes:
+        outputs: [R, H]; None before the first level.
+    """
+
+    def __init__(self) -> None:
+        self.outputs: torch.Tensor | None = None
+        self._rows: dict[int, np.ndarray] = {}  # by tree, rows of its root and expanded nodes
+
+    def add(self, outputs: torch.Tensor, counts: Mapping[int, int]) -> None:
+        """The newest level's, [M, H], so many of each tree."""
+        row = 0 if self.outputs is None else len(self.outputs)
+        self.outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
+        for index, count in counts.items():
+            new = np.arange(row, row + count)
+            self._rows[index] = np.concatenate([self._rows[index], new]) if index in self._rows else new
+            row += count
+
+    def of(self, nodes: Mapping[int, np.ndarray]) -> torch.Tensor:
+        """[M, H] of some nodes of trees, -1 the root."""
+        assert self.outputs is not None
+        rows = np.concatenate([self._rows[index][own + 1] for index, own in nodes.items()])
+        return self.outputs[torch.from_numpy(rows).to(self.outputs.device)]
 
 
 def _root_run(growth: Growth) -> Run:

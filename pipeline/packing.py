@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numba import njit
 
-from pipeline.pages import PageRun, block_table, pool_index
-from pipeline.tree import TokenTree, ancestor_mask, node_depths
+from pipeline.pages import PageRun, block_table
+from pipeline.tree import TokenTree
 
 _NO_MASK = -1
+_COMPUTED, _HAS_LOGITS = 1, 2  # flags of a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class PackedRow:
         write_index: [C] int64 tensor, pool token index (page * page_size + offset) of each one's key and value.
         logits_index: [M] int64 tensor, which of the C need logits, in order.
         computed: [C] int64 tensor, their places among the T nodes; None if these are all.
+        num_done: [S] int32, leading nodes of each run that are not computed.
         starts: [S + 1] int32, the range of each run.
         cached: [S] int32, tokens in the cache before each run.
         block_table: [S, B] int32.
@@ -70,6 +73,7 @@ class PackedRow:
     write_index: torch.Tensor
     logits_index: torch.Tensor
     computed: torch.Tensor | None
+    num_done: np.ndarray
     starts: np.ndarray
     cached: np.ndarray
     block_table: np.ndarray
@@ -91,45 +95,87 @@ def order_runs(runs: Sequence[Run], long_chain: int) -> tuple[list[int], int]:
 
 def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.device) -> PackedRow:
     """Packs runs, already ordered short first, into one row."""
-    lengths = np.array([len(run) for run in runs], np.int64)
+    num_known = np.array([len(run.known) for run in runs], np.int64)
+    num_nodes = np.array([len(run.tree) for run in runs], np.int64)
+    num_done = np.array([run.num_done for run in runs], np.int32)
+    cached = np.array([run.cached for run in runs], np.int32)
+    wants_logits = np.array([run.wants_logits for run in runs], np.bool_)
+    table = block_table([run.pages for run in runs])
     starts = np.zeros(len(runs) + 1, np.int32)
-    np.cumsum(lengths, out=starts[1:])
-    total = int(starts[-1])
-    token_ids, positions = np.empty(total, np.int64), np.empty(total, np.int32)
-    write_index = np.empty(total, np.int64)
-    masks: list[np.ndarray] = []
-    mask_starts = np.full(len(runs), _NO_MASK, np.int64)
-    mask_size = 0
-    is_computed = np.ones(total, np.bool_)
-    has_logits = np.zeros(total, np.bool_)
-    for i, run in enumerate(runs):
-        begin, num_known = starts[i], len(run.known)
-        root = begin + num_known - 1
-        token_ids[begin : root + 1] = run.known
-        token_ids[root + 1 : starts[i + 1]] = run.tree.tokens
-        positions[begin : root + 1] = np.arange(run.cached, run.cached + num_known)
-        index = np.arange(run.cached, run.cached + len(run))
-        write_index[begin : starts[i + 1]] = pool_index(run.pages, index, page_size)
-        if len(run.tree):
-            positions[root + 1 : starts[i + 1]] = run.cached + num_known - 1 + node_depths(run.tree.parents)
-            mask_starts[i] = mask_size
-            masks.append(ancestor_mask(run.tree.parents).ravel())
-            mask_size += masks[-1].size
-        is_computed[begin : begin + run.num_done] = False
-        has_logits[root : starts[i + 1]] = run.wants_logits
-    computed = np.flatnonzero(is_computed)
+    np.cumsum(num_known + num_nodes, out=starts[1:])
+    mask_sizes = np.where(num_nodes > 0, (num_nodes + 1) ** 2, 0)
+    mask_starts = np.where(num_nodes > 0, np.cumsum(mask_sizes) - mask_sizes, _NO_MASK)
+    known = np.concatenate([run.known for run in runs]).astype(np.int64, copy=False)
+    tokens = np.concatenate([run.tree.tokens for run in runs]).astype(np.int64, copy=False)
+    parents = np.concatenate([run.tree.parents for run in runs]).astype(np.int32, copy=False)
+    nodes, positions, mask = _packed(
+        *(known, tokens, parents, num_known, num_nodes, num_done, cached, wants_logits, table, page_size, starts),
+        *(mask_starts, int(mask_sizes.sum())),
+    )
+    computed = np.flatnonzero(nodes[3] & _COMPUTED)
+    token_ids, places, write_index, kinds = nodes if len(computed) == len(positions) else nodes[:, computed]
     return PackedRow(
-        token_ids=torch.from_numpy(token_ids[computed])[None].to(device),
-        position_ids=torch.from_numpy(positions[computed].astype(np.int64))[None].to(device),
-        write_index=torch.from_numpy(write_index[computed]).to(device),
-        logits_index=torch.from_numpy(np.flatnonzero(has_logits[computed])).to(device),
-        computed=None if len(computed) == total else torch.from_numpy(computed).to(device),
+        token_ids=torch.from_numpy(token_ids)[None].to(device),
+        position_ids=torch.from_numpy(places)[None].to(device),
+        write_index=torch.from_numpy(write_index).to(device),
+        logits_index=torch.from_numpy(np.flatnonzero(kinds & _HAS_LOGITS)).to(device),
+        computed=None if len(computed) == len(positions) else torch.from_numpy(computed).to(device),
+        num_done=num_done,
         starts=starts,
-        cached=np.array([run.cached for run in runs], np.int32),
-        block_table=block_table([run.pages for run in runs]),
+        cached=cached,
+        block_table=table,
         positions=positions,
-        mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
+        mask=mask,
         mask_starts=mask_starts,
         page_size=page_size,
         num_short=num_short,
     )
+
+
+@njit(cache=True, nogil=True)
+def _packed(
+    known: np.ndarray,
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    num_known: np.ndarray,
+    num_nodes: np.ndarray,
+    num_done: np.ndarray,
+    cached: np.ndarray,
+    wants_logits: np.ndarray,
+    table: np.ndarray,
+    page_size: int,
+    starts: np.ndarray,
+    mask_starts: np.ndarray,
+    mask_size: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `pack` fills: token, position, pool index and flags of all nodes, [4, T] int64; positions [T]; the mask."""
+    nodes = np.empty((4, starts[-1]), np.int64)
+    positions = np.empty(starts[-1], np.int32)
+    mask = np.zeros(mask_size, np.bool_)
+    at_known, at_node = 0, 0
+    for run in range(len(num_known)):
+        begin, root = starts[run], starts[run] + num_known[run] - 1
+        for i in range(begin, starts[run + 1]):
+            if i <= root:
+                nodes[0, i] = known[at_known + i - begin]
+                positions[i] = cached[run] + i - begin
+            else:
+                node = at_node + i - root - 1
+                nodes[0, i] = tokens[node]
+                positions[i] = positions[root + 1 + parents[node]] + 1
+            nodes[1, i] = positions[i]
+            place = cached[run] + i - begin
+            nodes[2, i] = np.int64(table[run, place // page_size]) * page_size + place % page_size
+            nodes[3, i] = _COMPUTED * (i - begin >= num_done[run]) + _HAS_LOGITS * (wants_logits[run] and i >= root)
+        if num_nodes[run]:
+            width = num_nodes[run] + 1
+            mask[mask_starts[run]] = True
+            for node in range(1, width):
+                row = mask_starts[run] + node * width
+                parent = mask_starts[run] + (parents[at_node + node - 1] + 1) * width
+                for column in range(node):
+                    mask[row + column] = mask[parent + column]
+                mask[row + node] = True
+        at_known += num_known[run]
+        at_node += num_nodes[run]
+    return nodes, positions, mask

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 _DECAY = 0.95  # of a round in moving averages
-_TRIAL = 24  # rounds of one kind before it is judged
+_TRIAL = 16  # rounds of one kind before it is judged
+_RUN_UP = 64  # rounds of rest before a trial of speculation, in which drafters follow new requests again
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
 
@@ -40,6 +41,10 @@ class _Level:
         self._speculation, self._rest = _Worth(), _Worth()
         self._left = _TRIAL  # rounds until the next decision
         self._length = _SHORTEST
+
+    @property
+    def follows(self) -> bool:
+        return not self.is_resting or self._left <= _RUN_UP
 
     def observe(self, tokens: float, plain: float) -> None:
         """A round of the current kind."""
@@ -72,6 +77,11 @@ class Resting:
     def is_resting(self) -> bool:
         """Whether this round does without speculation."""
         return self._level.is_resting
+
+    @property
+    def follows(self) -> bool:
+        """Whether drafters should be told of requests that begin in this round: speculation goes on, or soon will."""
+        return self._level.follows
 
     def begin_round(self, num_slots: int) -> bool:
         """Whether a round of so many decoding slots, one at least, does without speculation."""

@@ -39,6 +39,11 @@ class Rule:
         but `observe_round`."""
         return False
 
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is told of requests that begin in this round."""
+        return True
+
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         """How far the draft model goes this round, of which not all may be retrieved yet."""
         return FullPace()
@@ -131,6 +136,10 @@ class Calibrated(Rule):
 
     def rests(self, num_slots: int) -> bool:
         return self._economy is not None and num_slots > 0 and self._economy.resting.begin_round(num_slots)
+
+    @property
+    def follows(self) -> bool:
+        return self._economy is None or self._economy.resting.follows
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         if self._economy is None:

@@ -11,11 +11,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from pipeline import graphs
 from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext
 from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.packing import Run, order_runs, pack
+from pipeline.static_pass import Outputs, StaticPasses
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -41,17 +43,26 @@ class Forward:
 class Target:
     """A loaded target over a KV pool of `num_pages` pages.
 
+    Args:
+        is_static: run passes of fixed sizes, see `pipeline.static_pass`; None where that is faster, on a GPU.
+
     Raises:
         ModelError: the architecture is not supported; says which part.
     """
 
-    def __init__(self, model: PreTrainedModel, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, num_pages: int, page_size: int, *, is_static: bool | None = None
+    ) -> None:
         self.config = model.config.get_text_config()
         self.model = model
         self.device: torch.device = model.device
-        self.cache = PagedCache(kv_shape(model), num_pages, page_size, self.device)
+        self.num_pages = num_pages
+        self.cache = PagedCache(kv_shape(model), num_pages + 1, page_size, self.device)  # the last is nobody's
         self.tap: FeatureTap | None = None
         model.set_attn_implementation(IMPLEMENTATION)
+        self._passes: StaticPasses | None = None
+        if graphs.pays(self.device) if is_static is None else is_static:
+            self._passes = StaticPasses(model, self.cache, lambda: self.tap)
 
     def read_states(self, depths: Sequence[int]) -> None:
         """Has every forward pass return the hidden states of these decoder layers."""
@@ -62,7 +73,24 @@ class Target:
         """One forward pass over all runs. Their keys and values are in the cache afterwards, accepted or not."""
         order, num_short = order_runs(runs, LONG_CHAIN)
         packed = [runs[i] for i in order]
-        row = pack(packed, num_short, self.cache.page_size, self.device)
+        logits, states = self._run(packed, num_short)
+        begin, state_begin = [-1] * len(runs), [0] * len(runs)
+        next_row, next_state = 0, 0
+        for i in order:
+            state_begin[i] = next_state
+            next_state += len(runs[i]) - runs[i].num_done
+            if runs[i].wants_logits:
+                begin[i] = next_row
+                next_row += runs[i].num_logits
+        return Forward(logits, begin, states, state_begin)
+
+    def _run(self, runs: Sequence[Run], num_short: int) -> Outputs:
+        """Logits, and states if they are read, of runs in order."""
+        if self._passes is not None:
+            outputs = self._passes.run(pack(runs, num_short, self.cache.page_size, torch.device("cpu")))
+            if outputs is not None:
+                return outputs
+        row = pack(runs, num_short, self.cache.page_size, self.device)
         self.cache.begin(row)
         output = self.model(
             input_ids=row.token_ids,
@@ -72,16 +100,7 @@ class Target:
             logits_to_keep=row.logits_index,
             packed=AttentionContext(row, self.cache),
         )
-        begin, state_begin = [-1] * len(runs), [0] * len(runs)
-        next_row, next_state = 0, 0
-        for i in order:
-            state_begin[i] = next_state
-            next_state += len(runs[i]) - runs[i].num_done
-            if runs[i].wants_logits:
-                begin[i] = next_row
-                next_row += runs[i].num_logits
-        states = None if self.tap is None else self.tap.take()[0]
-        return Forward(output.logits[0], begin, states, state_begin)
+        return output.logits[0], None if self.tap is None else self.tap.take()[0]
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:
@@ -92,6 +111,8 @@ def kv_shape(model: PreTrainedModel) -> KVShape:
     """
     name = model.config.model_type
     _check_attention(model)
+    if model.config._attn_implementation == IMPLEMENTATION:  # from an earlier target; ours needs what it has not yet
+        model.set_attn_implementation("sdpa")
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(

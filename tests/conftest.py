@@ -10,6 +10,8 @@ from pathlib import Path
 # Read when these packages are imported, so set before any of them is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run in Triton's interpreter
 if "RAY_TMPDIR" not in os.environ:
     # Ray puts sockets there, whose paths may have 107 bytes: pytest's own directories are too deep.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rasd-")
@@ -27,7 +29,19 @@ import torch
 from ray.cluster_utils import Cluster
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline import graphs
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--static-passes` has all engines of this process run what they run on a GPU, uncaptured."""
+    parser.addoption("--static-passes", action="store_true", help="passes of fixed sizes, as on a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See `pytest_addoption`."""
+    if config.getoption("--static-passes"):
+        graphs.pays = lambda device: True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

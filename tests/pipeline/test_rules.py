@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.reference import generate
+from pipeline import graphs
 from pipeline.acceptance import AcceptanceTable
 from pipeline.assemble import PAGE_SIZE
 from pipeline.budget import StepTimes
@@ -156,6 +157,18 @@ def test_slots_that_give_way_are_drafted_for_again_and_learned_from(monkeypatch:
     assert_equal("llama", requests, expected, done)
     assert any(generation.num_requeues for generation in done)
     assert gains
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("drafter", ["head", "model", "none"])
+@pytest.mark.parametrize(("name", "budget"), [("rasd-fixed", 24), ("rasd", None)])
+def test_passes_of_fixed_sizes_change_nothing(
+    name: str, budget: int | None, drafter: str, slots: int, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, uncaptured."""
+    monkeypatch.setattr(graphs, "pays", lambda device: True)
+    test_no_rule_changes_the_output(name, budget, drafter, slots, params)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])

@@ -1,0 +1,96 @@
+"""Functions over tensors at fixed places, captured once for each size as a CUDA graph and replayed.
+
+A pass of a small model is a thousand kernels of microseconds, which take longer to launch than to run; a captured graph
+is launched whole. Without CUDA the same functions run uncaptured.
+"""
+
+import bisect
+import logging
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+Outputs = TypeVar("Outputs")
+
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_WARM_UPS = 2  # calls before a capture: kernels compile and libraries allocate
+
+log = logging.getLogger(__name__)
+
+
+def size_of(count: int) -> int:
+    """The least of `SIZES` that holds so many."""
+    return SIZES[bisect.bisect_left(SIZES, count)]
+
+
+def pays(device: torch.device) -> bool:
+    """Whether passes of fixed sizes are faster than those that fit exactly: where they can be captured."""
+    return device.type == "cuda"
+
+
+class Graphs(Generic[Key, Outputs]):
+    """Replays of one function.
+
+    Args:
+        function: launches work for a key and returns the tensors it will write; reads and writes fixed places alone and
+            never waits for the device.
+    """
+
+    def __init__(self, function: Callable[[Key], Outputs], device: torch.device) -> None:
+        self._function = function
+        self._is_cuda = device.type == "cuda"
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
+        self._is_broken = False
+
+    def __call__(self, key: Key) -> Outputs | None:
+        """What the function returns; valid until the next call. None if it cannot be captured."""
+        if not self._is_cuda:
+            return self._function(key)
+        if key not in self._graphs and not self._is_broken:
+            self._capture(key)
+        if self._is_broken:
+            return None
+        graph, outputs = self._graphs[key]
+        graph.replay()
+        return outputs
+
+    def _capture(self, key: Key) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._function(key)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = (
+            next(iter(self._graphs.values()))[0].pool() if self._graphs else None
+        )  # one for all: none outlives a call
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                outputs = self._function(key)
+        except RuntimeError as error:
+            log.warning("passes cannot be captured as CUDA graphs and will be slower: %s", error)
+            self._is_broken = True
+            return
+        self._graphs[key] = graph, outputs
+
+
+class Staged:
+    """A tensor at a fixed place on the device, and where its next content is made.
+
+    Attributes:
+        device: the tensor.
+        host: its next content.
+    """
+
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.device = torch.zeros(size, dtype=dtype, device=device)
+        self._staging = torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
+        self.host: np.ndarray = self._staging.numpy()
+
+    def send(self, count: int | None = None) -> None:
+        """Copies the first `count` entries, all if None. The caller waits for the device before it changes them."""
+        self.device[:count].copy_(self._staging[:count], non_blocking=True)

@@ -1,0 +1,83 @@
+"""The passes of a draft head: one layer over its paged cache, where it pays captured as CUDA graphs of fixed sizes."""
+
+import torch
+
+from pipeline import graphs
+from pipeline.attention import AttentionContext, rasd_attention
+from pipeline.graphs import SIZES, Graphs
+from pipeline.head import DraftHead
+from pipeline.kv_cache import PagedCache
+from pipeline.packing import Run, pack
+from pipeline.static_row import Size, StaticRow
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Layer(torch.nn.Module):
+    """What the attention function asks of its module."""
+
+    layer_idx = 0
+
+
+class HeadPasses:
+    """Computes nodes.
+
+    Args:
+        cache: whose last page belongs to nobody.
+        is_static: run passes of fixed sizes; None where that is faster, on a GPU.
+    """
+
+    def __init__(self, head: DraftHead, cache: PagedCache, *, is_static: bool | None = None) -> None:
+        self._head = head
+        self._cache = cache
+        self._layer = _Layer()
+        self._device = cache.keys.device
+        self._row: StaticRow | None = None
+        if graphs.pays(self._device) if is_static is None else is_static:
+            config = head.config
+            trash = (cache.keys.shape[1] - 1) * cache.page_size
+            self._row = StaticRow(config.num_heads // config.num_kv_heads, trash, self._device)
+            self._features = torch.zeros(SIZES[-1], config.hidden_size, dtype=cache.keys.dtype, device=self._device)
+            self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, self._device)
+
+    def run(self, runs: list[Run], features: torch.Tensor) -> Outputs:
+        """The layer's output [M, H] and float32 logits for all nodes that are computed, run by run.
+
+        Args:
+            features: [M, H] of the token before each.
+        """
+        page_size = self._cache.page_size
+        if self._row is not None:
+            row = pack(runs, len(runs), page_size, torch.device("cpu"))
+            if (size := self._row.put(row)) is not None:
+                self._features[: len(features)] = features
+                if (outputs := self._graphs(size)) is not None:
+                    hidden, logits = outputs
+                    # The next level's features come from this one's output, which the next pass writes over.
+                    return hidden[: len(features)].clone(), logits[: len(features)]
+        row = pack(runs, len(runs), page_size, self._device)
+        context = AttentionContext(row, self._cache)
+        return self._pass(row.token_ids[0], row.position_ids[0], row.write_index, features, context)
+
+    def _static_pass(self, size: Size) -> Outputs:
+        assert self._row is not None
+        token_ids, positions, write_index, _ = self._row.ids(size)
+        context = AttentionContext(None, self._cache, self._row.tiles(size))
+        return self._pass(token_ids, positions, write_index, self._features[: size[0]], context)
+
+    def _pass(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        write_index: torch.Tensor,
+        features: torch.Tensor,
+        context: AttentionContext,
+    ) -> Outputs:
+        inputs = self._head.inputs(token_ids, features)
+        query, key, value = self._head.heads(inputs, positions)
+        self._cache.place(write_index)
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))  # [1, heads, C, D]
+        self._cache.update(key, value, 0)
+        attended, _ = rasd_attention(self._layer, query, key, value, None, packed=context)
+        hidden = self._head.close(self._head.residual(inputs, features), attended[0].flatten(1))
+        return hidden, self._head.logits(hidden).float()

@@ -1,0 +1,60 @@
+"""Target passes of a few fixed sizes, each captured once as a CUDA graph where there is CUDA."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.attention import AttentionContext
+from pipeline.features import FeatureTap
+from pipeline.graphs import Graphs
+from pipeline.kv_cache import PagedCache
+from pipeline.packing import PackedRow
+from pipeline.static_row import Size, StaticRow
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class StaticPasses:
+    """The passes of one target.
+
+    Args:
+        cache: whose last page belongs to nobody.
+        tap: of the hidden states that a drafter reads, as it is at each capture.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, tap: Callable[[], FeatureTap | None]) -> None:
+        config: Any = model.config.get_text_config()
+        self._model = model
+        self._cache = cache
+        self._tap = tap
+        trash = (cache.keys.shape[1] - 1) * cache.page_size
+        self._row = StaticRow(config.num_attention_heads // cache.shape.num_kv_heads, trash, model.device)
+        self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
+
+    def run(self, row: PackedRow) -> Outputs | None:
+        """Logits [M, V], and states [C, 3 H] if they are read, of a row packed on the CPU; valid until the next pass.
+
+        None if there is no room for the row, or if the model's code cannot be captured.
+        """
+        size = self._row.put(row)
+        outputs = None if size is None else self._graphs(size)
+        if outputs is None:
+            return None
+        logits, states = outputs
+        return logits[: len(row.logits_index)], None if states is None else states[: row.token_ids.shape[1]]
+
+    def _pass(self, size: Size) -> Outputs:
+        token_ids, positions, write_index, logits_index = self._row.ids(size)
+        self._cache.place(write_index)
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_index,
+            packed=AttentionContext(None, self._cache, self._row.tiles(size)),
+        )
+        tap = self._tap()
+        return output.logits[0], None if tap is None else tap.take()[0]
