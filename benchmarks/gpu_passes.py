@@ -101,7 +101,7 @@ def _runs(slots: int, nodes: int, context: int, vocabulary: int, first_page: int
 
 def _target(model: LlamaForCausalLM, slots: int, context: int, nodes: int, *, is_static: bool) -> Target:
     num_pages = slots * -(-(context + nodes + 1) // _PAGE)
-    target = Target(model, num_pages, _PAGE, is_static=is_static)
+    target = Target(model, num_pages, _PAGE, slots, is_static=is_static)
     torch.manual_seed(1)
     for pool in (target.cache.keys, target.cache.values):
         pool.normal_()

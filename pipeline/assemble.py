@@ -93,7 +93,7 @@ def build_engine(
                 f"{token_bytes * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
                 "Raise --kv-memory or lower --max-context."
             )
-    target = Target(model, num_pages, PAGE_SIZE)
+    target = Target(model, num_pages, PAGE_SIZE, options.num_slots)
     acceptance = AcceptanceTable()
     speculates = bool(method.sources)
     times = measure_step_times(target, options.num_slots) if speculates and options.budget is None else None
@@ -119,7 +119,7 @@ def _drafter(
             target.read_states(draft.config.depths)
             return HeadDrafter(draft, num_pages, PAGE_SIZE, options.num_slots, options.drafting)
     num_pages += _DRAFT_PAGES * options.num_slots
-    return ModelDrafter(Target(draft, num_pages, PAGE_SIZE), options.drafting)
+    return ModelDrafter(Target(draft, num_pages, PAGE_SIZE, options.num_slots), options.drafting)
 
 
 def _draft_bytes(draft: PreTrainedModel | DraftHead | None) -> int:

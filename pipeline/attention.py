@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from pipeline import cpu_attention
 from pipeline.errors import ModelError
+from pipeline.graphs import has_compiler
 from pipeline.kv_cache import PagedCache
 from pipeline.packing import PackedRow
 from pipeline.tiles import Tiles, attend_by_tile, rows_per_tile, tiles_on
@@ -93,7 +94,7 @@ AttentionInterface.register(IMPLEMENTATION, rasd_attention)
 @cached
 def _gpu_kernel(device_type: str) -> Callable[..., torch.Tensor] | None:
     """The Triton kernel, where it can run."""
-    if device_type != "cuda":
+    if device_type != "cuda" or not has_compiler():
         return None
     try:
         from pipeline.gpu_attention import attend

@@ -53,7 +53,8 @@ class GrowingTree:
         """[F] float32 the draft model's probability of each path to the frontier."""
         if not self._count:
             return np.ones(1, np.float32)
-        return np.exp(self._logprobs[1, self.frontier])
+        values: np.ndarray = np.exp(self._logprobs[1, self.frontier])
+        return values
 
     def narrow(self, keep: np.ndarray) -> None:
         """Expands only part of the frontier next, [F] bool."""

@@ -4,8 +4,9 @@ A pass of a small model is a thousand kernels of microseconds, which take longer
 is launched whole. Without CUDA the same functions run uncaptured.
 """
 
-import bisect
 import logging
+import os
+import shutil
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -21,14 +22,14 @@ _WARM_UPS = 2  # calls before a capture: kernels compile and libraries allocate
 log = logging.getLogger(__name__)
 
 
-def size_of(count: int) -> int:
-    """The least of `SIZES` that holds so many."""
-    return SIZES[bisect.bisect_left(SIZES, count)]
-
-
 def pays(device: torch.device) -> bool:
     """Whether passes of fixed sizes are faster than those that fit exactly: where they can be captured."""
     return device.type == "cuda"
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which Triton builds its launchers with."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
 
 
 class Graphs(Generic[Key, Outputs]):
@@ -58,7 +59,7 @@ class Graphs(Generic[Key, Outputs]):
         return outputs
 
     def _capture(self, key: Key) -> None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):

@@ -103,12 +103,27 @@ def levels(
         pace.took(num_rows, clock() - begin)
 
 
+def top_of(logits: torch.Tensor, branches: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """The likeliest tokens of each row, so that they reach the host in one copy.
+
+    Args:
+        logits: [M, V] float32; token_ids: see `grow`.
+
+    Returns:
+        [M, 2, branches] int32: the bits of their log-probabilities, and their ids.
+    """
+    top = logits.log_softmax(dim=-1).topk(branches, dim=-1)
+    chosen = top.indices if token_ids is None else token_ids[top.indices]
+    return torch.stack([top.values.view(torch.int32), chosen.to(torch.int32)], dim=1)
+
+
 def grow(
     growths: Sequence[Growth],
     logits: torch.Tensor,
     begins: Sequence[int],
     options: DraftOptions,
     token_ids: torch.Tensor | None = None,
+    top: torch.Tensor | None = None,
 ) -> None:
     """Adds a level to all trees.
 
@@ -116,13 +131,15 @@ def grow(
         logits: [M, V] float32, one row for each node to be expanded.
         begins: the first row of each tree.
         token_ids: [V] int64 token of each column of a draft model with a vocabulary of its own.
+        top: `top_of` the logits, if it is known already.
     """
-    scores = logits
     if options.is_coupled and any(not growth.view.params.is_greedy for growth in growths):
-        scores = perturbed_scores(logits, [row for growth in growths for row in _choice_rows(growth)], token_ids)
-    top = scores.log_softmax(dim=-1).topk(min(options.branches, scores.shape[-1]), dim=-1)
-    chosen = top.indices if token_ids is None else token_ids[top.indices]
-    logprobs, tokens = top.values.cpu().numpy(), chosen.cpu().numpy()
+        logits = perturbed_scores(logits, [row for growth in growths for row in _choice_rows(growth)], token_ids)
+        top = None
+    if top is None:
+        top = top_of(logits, min(options.branches, logits.shape[-1]), token_ids)
+    bits, tokens = top.cpu().numpy().swapaxes(0, 1)
+    logprobs = bits.view(np.float32)
     for growth, begin in zip(growths, begins, strict=True):
         end = begin + growth.num_rows
         growth.tree.grow(logprobs[begin:end], tokens[begin:end])

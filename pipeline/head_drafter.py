@@ -14,7 +14,7 @@ from pipeline.draft_tree import GrowingTree
 from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.head_entries import HeadEntries
-from pipeline.head_pass import HeadPasses
+from pipeline.head_pass import HeadPasses, Outputs
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.pace import Pace
 from pipeline.packing import Run
@@ -57,7 +57,7 @@ class HeadDrafter:
         shape = KVShape(1, config.num_kv_heads, config.head_dim, weight.dtype)
         all_pages = num_pages + num_slots * self._scratch_pages + 1  # the last is nobody's
         cache = PagedCache(shape, all_pages, page_size, weight.device)
-        self._passes = HeadPasses(head, cache, is_static=is_static)
+        self._passes = HeadPasses(head, cache, num_slots, options.branches, is_static=is_static)
         self._entries = HeadEntries(head, cache)
 
     def release(self, slot: int) -> None:
@@ -78,13 +78,13 @@ class HeadDrafter:
         known = _Known()
         root_logprobs: torch.Tensor | None = None
         for level, working in levels(growths, self._options, pace, prepare=self._entries.write):
-            hidden, logits = self._level(working, known)
+            hidden, logits, top = self._level(working, known)
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
             known.add(hidden, {index: growth.num_rows for index, growth in working.items()})
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
-            grow(list(working.values()), logits, begins, self._options, self._head.token_ids)
+            grow(list(working.values()), logits, begins, self._options, self._head.token_ids, top)
         if self.observer is not None:
             for growth in growths.values():
                 self.observer(growth)
@@ -102,8 +102,8 @@ class HeadDrafter:
         scratch = range(first, first + self._scratch_pages)
         return Growth(view, PageRun(pages=[*held, *scratch]), GrowingTree(self._options.width), depth)
 
-    def _level(self, working: dict[int, Growth], known: "_Known") -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's output [M, H] and logits for all nodes to be expanded, slot by slot."""
+    def _level(self, working: dict[int, Growth], known: "_Known") -> Outputs:
+        """What `HeadPasses.run` gives for all nodes to be expanded, slot by slot."""
         runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in working.values()]
         if known.outputs is None:
             before = torch.cat([self._entries.before(growth.view.slot) for growth in working.values()])

@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from pipeline.attention import AttentionContext
 from pipeline.features import FeatureTap
-from pipeline.graphs import Graphs
+from pipeline.graphs import Graphs, has_compiler
 from pipeline.kv_cache import PagedCache
 from pipeline.packing import PackedRow
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
+_FUSED = ("RMSNorm", "MLP")  # ends of the names of modules that hold most of a model's element-wise kernels
 
 
 class StaticPasses:
@@ -22,15 +23,28 @@ class StaticPasses:
     Args:
         cache: whose last page belongs to nobody.
         tap: of the hidden states that a drafter reads, as it is at each capture.
+        num_runs: most sequences in a pass.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache, tap: Callable[[], FeatureTap | None]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: PagedCache, tap: Callable[[], FeatureTap | None], num_runs: int
+    ) -> None:
         config: Any = model.config.get_text_config()
         self._model = model
+        if model.device.type == "cuda" and has_compiler():
+            for module in model.modules():
+                if type(module).__name__.endswith(_FUSED):
+                    module.compile(dynamic=True)
         self._cache = cache
         self._tap = tap
         trash = (cache.keys.shape[1] - 1) * cache.page_size
-        self._row = StaticRow(config.num_attention_heads // cache.shape.num_kv_heads, trash, model.device)
+        self._row = StaticRow(
+            config.num_attention_heads // cache.shape.num_kv_heads,
+            trash,
+            model.device,
+            num_runs,
+            has_windows=getattr(config, "sliding_window", None) is not None,
+        )
         self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
 
     def run(self, row: PackedRow) -> Outputs | None:
@@ -46,6 +60,7 @@ class StaticPasses:
         return logits[: len(row.logits_index)], None if states is None else states[: row.token_ids.shape[1]]
 
     def _pass(self, size: Size) -> Outputs:
+        self._row.fetch(size)
         token_ids, positions, write_index, logits_index = self._row.ids(size)
         self._cache.place(write_index)
         output = self._model(

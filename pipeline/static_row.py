@@ -1,17 +1,28 @@
 """A packed row at fixed places on the device, padded to one of a few sizes, as captured graphs want it."""
 
+import bisect
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from pipeline.graphs import SIZES, Staged, size_of
+from pipeline.graphs import SIZES, Staged
 from pipeline.packing import PackedRow
-from pipeline.tiles import CAUSAL, MASK, NUM_COLUMNS, Tiles, rows_per_tile, tiles_of
+from pipeline.tiles import NUM_COLUMNS, Tiles, rows_per_tile, tiles_of
 
-Size = tuple[int, int, int]  # rows, tiles, rows with logits
 _MOST = SIZES[-1]
 _MOST_NODES = 16 * _MOST  # those computed before included
 _MOST_PAGES = 1 << 17  # entries of all runs' block tables
 _MOST_MASK = 1 << 20  # bytes of all trees' masks
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a graph is captured for: few sizes, for each takes a tenth of a second."""
+
+    num_rows: int
+    num_tiles: int
+    num_logits: int
 
 
 class StaticRow:
@@ -20,52 +31,77 @@ class StaticRow:
     Args:
         fold: query heads that share a KV head.
         trash: a pool token index that belongs to nobody; padding writes there.
+        num_runs: most runs of a row.
+        has_windows: whether attention asks for positions.
     """
 
-    def __init__(self, fold: int, trash: int, device: torch.device) -> None:
+    def __init__(self, fold: int, trash: int, device: torch.device, num_runs: int, *, has_windows: bool) -> None:
         self._rows_per_tile = rows_per_tile(fold)
         self._trash = trash
-        self._ids = Staged((4, _MOST), torch.int64, device)  # token, position, write index, logits index
+        self._num_runs = num_runs
+        self._has_windows = has_windows
+        self._ids = Staged((4 * _MOST,), torch.int64, device)  # token, position, write index, logits index
         self._tiles = Staged((_MOST, NUM_COLUMNS), torch.int32, device)
         self._pages = Staged((_MOST_PAGES,), torch.int32, device)
         self._positions = Staged((_MOST_NODES,), torch.int32, device)
         self._mask = Staged((_MOST_MASK,), torch.uint8, device)
+        self._num_pages = 0
+
+    def size_of(self, num_rows: int, num_logits: int) -> Size:
+        """The least size that holds so many rows."""
+        rows = _size_of(num_rows)
+        tiles = min(rows, self._num_runs + rows // self._rows_per_tile)
+        few = _size_of(min(self._num_runs, _MOST))
+        return Size(rows, tiles, few if num_logits <= few < rows else rows)
 
     def put(self, row: PackedRow) -> Size | None:
-        """Puts a row, packed on the CPU, in its places; None if there is no room for it."""
-        tiles = tiles_of(row, self._rows_per_tile)
+        """Makes a row, packed on the CPU, the next one; None if there is no room for it."""
         num_rows, num_logits = row.token_ids.shape[1], len(row.logits_index)
-        fits = max(num_rows, len(tiles)) <= _MOST and len(row.positions) <= _MOST_NODES
+        fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
         if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
             return None
-        rows = size_of(num_rows)
-        logits = size_of(max(num_logits, 1))
-        size = rows, size_of(len(tiles)), rows if 2 * logits > rows else logits  # fewer sizes: most rounds want all
-        ids = self._ids.host
-        ids[:, :rows] = 0
-        ids[2, :rows] = self._trash
+        size = self.size_of(num_rows, num_logits)
+        ids = self._ids.host[: 4 * size.num_rows].reshape(4, size.num_rows)
+        ids[:] = 0
+        ids[2] = self._trash
         parts = (row.token_ids[0], row.position_ids[0], row.write_index, row.logits_index)
         for line, values in zip(ids, parts, strict=True):
             line[: len(values)] = values.numpy()
-        self._ids.send()
-        self._tiles.host[: size[1]] = 0
-        _send(self._tiles, tiles, size[1])
-        _send(self._pages, row.block_table.ravel())
-        _send(self._positions, row.positions)
-        if (tiles[:, MASK] != CAUSAL).any():
+        tiles = tiles_of(row, self._rows_per_tile)
+        self._tiles.host[: size.num_tiles] = 0
+        self._tiles.host[: len(tiles)] = tiles
+        pages = row.block_table.ravel()
+        if len(pages) != self._num_pages or not np.array_equal(pages, self._pages.host[: len(pages)]):
+            self._num_pages = len(pages)
+            _send(self._pages, pages)
+        if len(row.mask):
             _send(self._mask, row.mask)
+        if self._has_windows:
+            _send(self._positions, row.positions)
         return size
+
+    def fetch(self, size: Size) -> None:
+        """Copies what `put` made to the device; the first step of what is captured."""
+        self._ids.send(4 * size.num_rows)
+        self._tiles.send(size.num_tiles)
 
     def ids(self, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and write index, [rows] each, and logits index [rows with logits], int64."""
-        token_ids, positions, write_index, logits_index = self._ids.device[:, : size[0]]
-        return token_ids, positions, write_index, logits_index[: size[2]]
+        ids = self._ids.device[: 4 * size.num_rows].view(4, size.num_rows)
+        token_ids, positions, write_index, logits_index = ids
+        return token_ids, positions, write_index, logits_index[: size.num_logits]
 
     def tiles(self, size: Size) -> Tiles:
         """Attention's work."""
-        return Tiles(self._tiles.device[: size[1]], self._pages.device, self._mask.device, self._positions.device)
+        return Tiles(
+            self._tiles.device[: size.num_tiles], self._pages.device, self._mask.device, self._positions.device
+        )
 
 
-def _send(staged: Staged, values: np.ndarray, count: int | None = None) -> None:
+def _size_of(count: int) -> int:
+    return SIZES[bisect.bisect_left(SIZES, count)]
+
+
+def _send(staged: Staged, values: np.ndarray) -> None:
     staged.host[: len(values)] = values
-    staged.send(len(values) if count is None else count)
+    staged.send(len(values))

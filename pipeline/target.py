@@ -44,6 +44,7 @@ class Target:
     """A loaded target over a KV pool of `num_pages` pages.
 
     Args:
+        num_slots: most sequences in a pass of fixed size.
         is_static: run passes of fixed sizes, see `pipeline.static_pass`; None where that is faster, on a GPU.
 
     Raises:
@@ -51,7 +52,13 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, num_pages: int, page_size: int, *, is_static: bool | None = None
+        self,
+        model: PreTrainedModel,
+        num_pages: int,
+        page_size: int,
+        num_slots: int = 128,
+        *,
+        is_static: bool | None = None,
     ) -> None:
         self.config = model.config.get_text_config()
         self.model = model
@@ -62,7 +69,7 @@ class Target:
         model.set_attn_implementation(IMPLEMENTATION)
         self._passes: StaticPasses | None = None
         if graphs.pays(self.device) if is_static is None else is_static:
-            self._passes = StaticPasses(model, self.cache, lambda: self.tap)
+            self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots)
 
     def read_states(self, depths: Sequence[int]) -> None:
         """Has every forward pass return the hidden states of these decoder layers."""

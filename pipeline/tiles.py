@@ -107,7 +107,7 @@ def attend_by_tile(
             known = place.clamp(min=0)[0] + at
             where = torch.where(place[0] < 0, place[0] + cached, work.positions[known])
             visible &= work.positions[at + own[:, 0]][:, None] - where[None] < sliding_window
-        q = query[first : first + count].float().unflatten(1, (keys.shape[1], fold))  # [N, K, fold, D]
+        q = query[first : first + count].float().reshape(count, keys.shape[1], fold, -1)  # [N, K, fold, D]
         scores = torch.einsum("nkfd,kld->knfl", q, k) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
