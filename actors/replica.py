@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from actors.loop import EngineLoop, Outcome
+from actors.metrics import ReplicaMetrics
 from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
@@ -48,6 +49,7 @@ class ReplicaConfig:
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
         draft: model, or directory of a head, for the source `draft`; None is the head shipped for the target.
         retrieval: where the others are; None if the method needs none of them.
+        job: absolute path of the job's output directory; names the job in metrics.
         num_threads: CPU threads of torch and numba; None leaves their default.
         is_traced: keep the times of the newest rounds' phases, which `stop` returns.
     """
@@ -70,6 +72,7 @@ class ReplicaConfig:
     draft: str | None
     retrieval: RetrievalConfig | None
     replica: int
+    job: str
     num_threads: int | None
     is_traced: bool
 
@@ -92,6 +95,7 @@ class Replica:
         self._vocab_size = 0
         self._request_ids = itertools.count()
         self._stats = ShardStats()
+        self._metrics = ReplicaMetrics(config.replica, config.method, config.job)
         self._stats_lock = threading.Lock()
 
     def start(self) -> ReplicaInfo:
@@ -116,7 +120,7 @@ class Replica:
         options = EngineOptions(config.slots, config.budget, config.kv_memory, config.max_context, config.prefill_chunk)
         self._vocab_size = model.config.get_text_config().vocab_size
         if config.retrieval is not None:
-            self._sources = open_sources(config.retrieval, method.sources, self._vocab_size)
+            self._sources = open_sources(config.retrieval, method.sources, self._vocab_size, self._metrics)
         searchers = self._sources.searchers if self._sources is not None else ()
         draft = None
         if "draft" in method.sources:
@@ -166,7 +170,9 @@ class Replica:
                 raise outcome.result
             self._add(writer, pending.pop(outcome.request_id), outcome.result)
         if self._sources is not None:
-            writer.count(ShardStats(retrieval_misses=self._sources.misses.take()))
+            misses = self._sources.misses.take()
+            writer.count(ShardStats(retrieval_misses=misses))
+            self._metrics.missed(misses)
         return finish_shard(task, writer, time.perf_counter() - begin)
 
     def progress(self) -> ShardStats:
@@ -219,8 +225,10 @@ class Replica:
             failure = RowFailure(result.error_type, str(result)) if isinstance(result, RowError) else result
             record = failed_record(sample.row, sample.sample, sample.seed, failure)
         writer.add(record)
+        stats = stats_of(record)
         with self._stats_lock:
-            self._stats += stats_of(record)
+            self._stats += stats
+            self._metrics.finished(stats, self._stats, record.get("error_type"))
 
 
 def _question(row: InputRow) -> str:

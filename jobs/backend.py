@@ -146,6 +146,7 @@ class ModelBackend:
                 prefill_chunk=config.prefill_chunk,
                 trust_remote_code=config.trust_remote_code,
                 replica=launch.replica,
+                job=str(Path(config.output).expanduser().absolute()),
                 num_threads=launch.placement.num_threads,
                 is_traced=config.trace is not None,
             ),

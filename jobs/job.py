@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.metrics import JobMetrics
 from actors.rows import ReplicaInfo, ShardStats
 from jobs.backend import Backend, Launch, Retrieving
 from jobs.cluster import connected, place
@@ -63,6 +64,8 @@ class Job:
         self._total = ShardStats()
         self._run_stats = ShardStats()
         self._ready_at: float | None = None
+        self._replicas: set[int] = set()  # that have been ready once
+        self._metrics: JobMetrics  # once Ray is there to take them
 
     def run(self, inputs: Inputs, attempts: Sequence[Mapping[str, Any]], began: float) -> int:
         """Do what is left and report; returns the exit code.
@@ -86,9 +89,13 @@ class Job:
         log.info(
             "replica %d on %s: %s, %s, %s, up to %d tokens a row, loaded in %.1f s",
             *(info.replica, info.node, info.model, info.device, info.dtype, info.max_context, info.load_seconds),
+            extra={"replica": info.replica, "node": info.node, "load_seconds": round(info.load_seconds, 3)},
         )
         for note in info.notes:
-            log.info("replica %d: %s", info.replica, note)
+            log.info("replica %d: %s", info.replica, note, extra={"replica": info.replica})
+        if info.replica in self._replicas:
+            self._metrics.restarted(info.replica)
+        self._replicas.add(info.replica)
         if self._ready_at is None:
             self._ready_at = time.monotonic()
             self._progress.restart()
@@ -106,6 +113,12 @@ class Job:
         self._commits[commit.shard] = commit
         self._total += commit.stats
         self._run_stats += commit.stats
+        self._metrics.committed(commit.rows)
+        log.debug(
+            "shard %d is committed: %d rows, %d errors",
+            *(commit.shard, commit.rows, commit.stats.errors),
+            extra={"shard": commit.shard, "attempt": commit.attempt, "rows": commit.rows, "file": commit.file},
+        )
 
     def should_stop(self) -> bool:
         """See `Watcher`."""
@@ -120,6 +133,7 @@ class Job:
         in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
         with connected(self._config.ray_address) as nodes, self._signals:
             placement = place(self._config, nodes)
+            self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, str(self._output.absolute()))
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             driver = Driver(

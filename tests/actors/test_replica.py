@@ -60,6 +60,7 @@ def outputs_of(
             draft=None,
             retrieval=retrieval,
             replica=0,
+            job=str(directory),
             num_threads=None,
             is_traced=False,
         )
