@@ -46,7 +46,7 @@ class RetrievalConfig:
         tokenizer: hash that the datastore's must equal.
         live_capacity: tokens that a live store keeps.
         num_passages: passages looked up for each prompt.
-        output: the job's output directory, whose committed rows a live store starts from.
+        output: the job's output directory, whose committed rows a live store starts from; None starts empty.
         services: handles of retrieval services by node id, or one under the empty name; empty if all is in process.
         deadline: seconds that a round may wait for a service.
     """
@@ -57,7 +57,7 @@ class RetrievalConfig:
     tokenizer: str
     live_capacity: int
     num_passages: int
-    output: str
+    output: str | None
     services: Mapping[str, Any]
     deadline: float
 

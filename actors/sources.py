@@ -61,7 +61,8 @@ def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int
     if "live" in wanted:
         if service is None:
             live = LiveStore(vocab_size, config.live_capacity)
-            live.append(committed_outputs(config.output, config.live_capacity))
+            if config.output is not None:
+                live.append(committed_outputs(config.output, config.live_capacity))
         else:
             remote.add("live")
     is_local = service is None or (config.mode == "auto" and _is_here(config))

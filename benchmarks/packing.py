@@ -43,7 +43,7 @@ def main() -> None:
 def _ragged(options: Any) -> dict[str, Any]:
     model, _ = load(options.model, getattr(torch, options.dtype))
     target = Target(model, _SLOTS * (options.context // PAGE_SIZE + 4), PAGE_SIZE)
-    pool = PagePool(target.cache.keys.shape[1], PAGE_SIZE)
+    pool = PagePool(target.cache.num_pages, PAGE_SIZE)
     pages = [PageRun() for _ in range(_SLOTS)]
     for run in pages:
         assert pool.grow(run, options.context + 64)

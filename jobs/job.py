@@ -19,6 +19,7 @@ from jobs.driver import Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
 from jobs.lease import Lease
+from jobs.places import Places
 from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
@@ -131,8 +132,8 @@ class Job:
     def _drive(self, inputs: Inputs) -> None:
         rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
         in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
-        with connected(self._config.ray_address) as nodes, self._signals:
-            placement = place(self._config, nodes)
+        with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
+            placement = places.placement
             self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, str(self._output.absolute()))
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
@@ -148,6 +149,7 @@ class Job:
                         resolved=self._plan.fingerprint,
                         replica=replica,
                         concurrency=in_flight + _SPARE_CALLS,
+                        group=places.group(replica),
                     )
                 ),
                 watcher=self,

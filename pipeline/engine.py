@@ -87,7 +87,7 @@ class Engine:
         self._acceptance = acceptance
         self._config = config
         self._times = times
-        pool = PagePool(target.cache.keys.shape[1], target.cache.page_size)
+        pool = PagePool(target.cache.num_pages, target.cache.page_size)
         self._proposed: dict[int, TokenTree] = {}  # by slot, this round's candidates
         self._emitted = 0  # tokens of this round
         self._overhead = 0.0  # seconds of a round's commit, lately

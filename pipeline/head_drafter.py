@@ -104,7 +104,7 @@ class HeadDrafter:
         """The layer's output for all nodes to be expanded, [M, H], slot by slot."""
         growths = list(working.values())
         runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in growths]
-        row = pack(runs, len(runs), self._page_size, self._cache.keys.device)
+        row = pack(runs, len(runs), self._page_size, self._cache.device)
         before = []
         for index, growth in working.items():
             if not growth.tree.num_new:

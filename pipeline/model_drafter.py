@@ -42,7 +42,7 @@ class ModelDrafter:
         self.observer: Callable[[Growth], None] | None = None
         self._model = model
         self._options = options
-        self._pool = PagePool(model.cache.keys.shape[1], model.cache.page_size)
+        self._pool = PagePool(model.cache.num_pages, model.cache.page_size)
         self._slots: dict[int, _Slot] = {}
 
     def release(self, slot: int) -> None:

@@ -79,7 +79,7 @@ class ToyTarget:
         self.config = SimpleNamespace(vocab_size=vocabulary)
         self.device = torch.device("cpu")
         self.page_size = page_size
-        self.cache = SimpleNamespace(keys=np.empty((1, num_pages)), page_size=page_size, move=self._move)
+        self.cache = SimpleNamespace(num_pages=num_pages, page_size=page_size, move=self._move)
         self.num_computed = 0
         self.num_forwards = 0
         self.longest_prefill = 0
