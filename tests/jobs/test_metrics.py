@@ -113,9 +113,19 @@ def test_errors_are_json_too(tmp_path: Path) -> None:
 @pytest.mark.chaos
 def test_a_replica_in_place_of_a_killed_one_is_counted(tmp_path: Path, cluster: str, endpoint: str) -> None:
     prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
-    prompts.write_text("".join(f"prompt {i}\n" for i in range(40)))
-    words = ["0.05", "--model", "m", "--prompts", str(prompts), "--output", str(output), "--ray-address", cluster]
-    command = [sys.executable, "-m", "tests.fake_rasd", *words, "--num-replicas", "1", "--quiet"]
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(800)))
+    words = ["0.1", "--model", "m", "--prompts", str(prompts), "--output", str(output), "--ray-address", cluster]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fake_rasd",
+        *words,
+        "--num-replicas",
+        "1",
+        "--quiet",
+        "--rows-per-shard",
+        "4",
+    ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while not list(output.glob("_commits/*.json")):
@@ -124,9 +134,9 @@ def test_a_replica_in_place_of_a_killed_one_is_counted(tmp_path: Path, cluster: 
         attempt = json.loads((output / "plan.json").read_text())["attempts"][-1]
         os.kill(attempt["replicas"][0]["pid"], signal.SIGKILL)
     assert process.returncode == 0
-    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 40)
+    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 800)
     assert total(samples, "ray_rasd_replica_restarts_total", replica="0") == 1
-    assert total(samples, "ray_rasd_shards_committed_total") == total(samples, "ray_rasd_shards") == 5
+    assert total(samples, "ray_rasd_shards_committed_total") == total(samples, "ray_rasd_shards") == 200
 
 
 def expressions() -> list[str]:

@@ -164,7 +164,9 @@ def test_a_job_that_is_stopped_gives_all_resources_back(
 ) -> None:
     ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
     try:
-        command = [sys.executable, "-m", "tests.fake_rasd", "0.05", *words]
+        # Half a minute's work, of which the first shard takes a second.
+        (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(2000)))
+        command = [sys.executable, "-m", "tests.fake_rasd", "0.2", *words, "--rows-per-shard", "4"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 120
             while not list((tmp_path / "out").glob("_commits/*.json")):
