@@ -64,9 +64,14 @@ def output_schema(prompt_columns: Iterable[str], extra: pa.Schema, *, logprobs: 
     """
     wanted = set(prompt_columns) or {"prompt"}
     prompts = [(name, kind) for name, kind in PROMPT_FIELDS.items() if name in wanted]
-    own = [*_KEY_FIELDS, *prompts, *_RESULT_FIELDS, *([_LOGPROBS_FIELD] if logprobs else []), *_STATUS_FIELDS]
+    own = [*_KEY_FIELDS, *prompts, *result_fields(logprobs=logprobs)]
     names = passthrough_names(extra.names)
     return pa.schema([pa.field(name, kind) for name, kind in own] + [f.with_name(names[f.name]) for f in extra])
+
+
+def result_fields(*, logprobs: bool) -> list[tuple[str, pa.DataType]]:
+    """Names and types of the columns that say what became of a row."""
+    return [*_RESULT_FIELDS, *([_LOGPROBS_FIELD] if logprobs else []), *_STATUS_FIELDS]
 
 
 def generated_record(row: InputRow, sample: int, seed: int, generation: Generation) -> Record:

@@ -7,7 +7,7 @@ used again when it is back.
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,13 @@ _LONGEST_PAUSE_SECONDS = 4.0
 _SEARCH_SECONDS = 10.0  # for passages of a batch of prompts
 _MOST_APPENDS = 64  # under way at a service
 
+Timed = Callable[[float], None]  # told how many seconds a call that was answered took
+
 log = logging.getLogger(__name__)
+
+
+def _untimed(_seconds: float) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class RetrievalConfig:
         tokenizer: hash that the datastore's must equal.
         live_capacity: tokens that a live store keeps.
         num_passages: passages looked up for each prompt.
-        output: the job's output directory, whose committed rows a live store starts from.
+        output: the job's output directory, whose committed rows a live store starts from; None starts empty.
         services: handles of retrieval services by node id, or one under the empty name; empty if all is in process.
         deadline: seconds that a round may wait for a service.
     """
@@ -51,7 +57,7 @@ class RetrievalConfig:
     tokenizer: str
     live_capacity: int
     num_passages: int
-    output: str
+    output: str | None
     services: Mapping[str, Any]
     deadline: float
 
@@ -78,9 +84,10 @@ class Misses:
 class LocalSearcher:
     """Searches a datastore, a live store, or both, in this process."""
 
-    def __init__(self, store: Datastore | None, live: LiveStore | None) -> None:
+    def __init__(self, store: Datastore | None, live: LiveStore | None, timed: Timed = _untimed) -> None:
         self._store = store
         self._live = live
+        self._timed = timed
         self._request: tuple[Sequence[np.ndarray], np.ndarray] = ((), np.empty(0, np.int32))
 
     def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
@@ -92,11 +99,13 @@ class LocalSearcher:
 
     def receive(self) -> Mapping[str, Lookup]:
         contexts, depths = self._request
+        begin = time.perf_counter()
         found: dict[str, Lookup] = {}
         if self._store is not None:
             found["corpus"] = self._store.lookup(contexts, depths=depths)
         if self._live is not None:
             found["live"] = self._live.lookup(contexts, LookupOptions(), depths)
+        self._timed(time.perf_counter() - begin)
         return found
 
 
@@ -134,11 +143,14 @@ class ServiceSearcher:
         deadline: seconds from `send` that `receive` waits at most.
     """
 
-    def __init__(self, service: Any, sources: frozenset[str], deadline: float, misses: Misses) -> None:
+    def __init__(
+        self, service: Any, sources: frozenset[str], deadline: float, misses: Misses, timed: Timed = _untimed
+    ) -> None:
         self._lookup = service.lookup.options(concurrency_group=group_of("lookup"))
         self._sources = sources
         self._deadline = deadline
         self._misses = misses
+        self._timed = timed
         self._guard = _Guard()
         self._future: Any = None
         self._sent_at = 0.0
@@ -162,6 +174,7 @@ class ServiceSearcher:
             left = self._sent_at + self._deadline - time.monotonic()
             try:
                 found = ray.get(self._future, timeout=max(left, 0.0))
+                self._timed(time.monotonic() - self._sent_at)
                 self._guard.succeeded()
             except RayError as error:
                 self._guard.failed(error, self._future)
@@ -209,16 +222,20 @@ class PassageSource(Protocol):
 class LocalPassages:
     """Passages from a datastore in this process; none if its embedder cannot be loaded here."""
 
-    def __init__(self, store: Datastore, k: int, misses: Misses) -> None:
+    def __init__(self, store: Datastore, k: int, misses: Misses, timed: Timed = _untimed) -> None:
         self._store = store
         self._k = k
         self._misses = misses
+        self._timed = timed
         self._is_usable = True
 
     def passages(self, prompts: Sequence[str]) -> list[tuple[np.ndarray, ...]]:
         if self._is_usable:
+            begin = time.perf_counter()
             try:
-                return _tokens(self._store.search(prompts, self._k))
+                found = self._store.search(prompts, self._k)
+                self._timed(time.perf_counter() - begin)
+                return _tokens(found)
             except RasdError as error:
                 self._is_usable = False
                 log.warning("no passages are looked up: %s", error)
@@ -229,10 +246,11 @@ class LocalPassages:
 class ServicePassages:
     """Passages from a retrieval service; none while it does not answer."""
 
-    def __init__(self, service: Any, k: int, misses: Misses) -> None:
+    def __init__(self, service: Any, k: int, misses: Misses, timed: Timed = _untimed) -> None:
         self._search = service.search.options(concurrency_group=group_of("search"))
         self._k = k
         self._misses = misses
+        self._timed = timed
         self._guard = _Guard()
         self._lock = threading.Lock()  # one search at a time, whichever shard it is for
 
@@ -240,9 +258,11 @@ class ServicePassages:
         with self._lock:
             if self._guard.is_open:
                 future: Any = None
+                begin = time.monotonic()
                 try:
                     future = self._search.remote(prompts, self._k)
                     found = ray.get(future, timeout=_SEARCH_SECONDS)
+                    self._timed(time.monotonic() - begin)
                     self._guard.succeeded()
                     return _tokens(found)
                 except RayError as error:

@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.live_rows import committed_outputs
+from actors.metrics import ReplicaMetrics
 from actors.searchers import (
     LiveSink,
     LocalPassages,
@@ -45,7 +47,7 @@ class Sources:
     misses: Misses
 
 
-def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int) -> Sources:
+def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int, metrics: ReplicaMetrics) -> Sources:
     """Opens what a method needs of `corpus`, `passages` and `live`.
 
     Raises:
@@ -59,7 +61,8 @@ def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int
     if "live" in wanted:
         if service is None:
             live = LiveStore(vocab_size, config.live_capacity)
-            live.append(committed_outputs(config.output, config.live_capacity))
+            if config.output is not None:
+                live.append(committed_outputs(config.output, config.live_capacity))
         else:
             remote.add("live")
     is_local = service is None or (config.mode == "auto" and _is_here(config))
@@ -71,12 +74,14 @@ def open_sources(config: RetrievalConfig, wanted: Sequence[str], vocab_size: int
     searchers: list[Searcher] = []
     local_store = store if "corpus" in wanted else None
     if local_store is not None or live is not None:  # first, so that it works while the service does
-        searchers.append(LocalSearcher(local_store, live))
+        searchers.append(LocalSearcher(local_store, live, partial(metrics.retrieved, "lookup", "replica")))
     if remote:
-        searchers.append(ServiceSearcher(service, frozenset(remote), config.deadline, misses))
-    return Sources(
-        tuple(searchers), _sink(config, live, wanted), _passages(config, service, store, wanted, misses), misses
-    )
+        timed = partial(metrics.retrieved, "lookup", "service")
+        searchers.append(ServiceSearcher(service, frozenset(remote), config.deadline, misses, timed))
+    source = None
+    if "passages" in wanted and config.num_passages > 0:
+        source = _passages(config, service, store, misses, metrics)
+    return Sources(tuple(searchers), _sink(config, live, wanted), source, misses)
 
 
 def _sink(config: RetrievalConfig, live: LiveStore | None, wanted: Sequence[str]) -> LiveSink | None:
@@ -86,14 +91,12 @@ def _sink(config: RetrievalConfig, live: LiveStore | None, wanted: Sequence[str]
 
 
 def _passages(
-    config: RetrievalConfig, service: Any, store: Datastore | None, wanted: Sequence[str], misses: Misses
-) -> PassageSource | None:
-    if "passages" not in wanted or config.num_passages == 0:
-        return None
+    config: RetrievalConfig, service: Any, store: Datastore | None, misses: Misses, metrics: ReplicaMetrics
+) -> PassageSource:
     if service is not None:
-        return ServicePassages(service, config.num_passages, misses)
+        return ServicePassages(service, config.num_passages, misses, partial(metrics.retrieved, "passages", "service"))
     assert store is not None
-    return LocalPassages(store, config.num_passages, misses)
+    return LocalPassages(store, config.num_passages, misses, partial(metrics.retrieved, "passages", "replica"))
 
 
 def _nearest(config: RetrievalConfig) -> Any:

@@ -103,7 +103,7 @@ def _target(model: LlamaForCausalLM, slots: int, context: int, nodes: int, *, is
     num_pages = slots * -(-(context + nodes + 1) // _PAGE)
     target = Target(model, num_pages, _PAGE, slots, is_static=is_static)
     torch.manual_seed(1)
-    for pool in (target.cache.keys, target.cache.values):
+    for pool in (*target.cache.keys, *target.cache.values):
         pool.normal_()
     return target
 
@@ -117,15 +117,15 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
     runs.append(Run(np.arange(chunk, dtype=np.int32), TokenTree.of([], [], "draft"), context, held, True))
     expected = Target(model, 128, _PAGE, is_static=False)
     torch.manual_seed(1)
-    for pool in (expected.cache.keys, expected.cache.values):
+    for pool in (*expected.cache.keys, *expected.cache.values):
         pool.normal_()
-    caches = [pool.clone() for pool in (expected.cache.keys, expected.cache.values)]
+    caches = [pool.clone() for pool in (*expected.cache.keys, *expected.cache.values)]
     want = expected.forward(runs).logits
     found: dict[str, Any] = {"context": context, "spread": round(float(want.std()), 4)}
     model.to(device)  # type: ignore[arg-type]
     for kind in ("eager", "graph"):
         target = Target(model, 128, _PAGE, is_static=kind == "graph")
-        for pool, content in zip((target.cache.keys, target.cache.values), caches, strict=True):
+        for pool, content in zip((*target.cache.keys, *target.cache.values), caches, strict=True):
             pool.copy_(content)
         for _ in range(2):
             found[kind] = float((target.forward(runs).logits.cpu() - want).abs().max())

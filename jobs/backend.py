@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs.cluster import Placement
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
+
+if TYPE_CHECKING:
+    from actors.replica_config import ReplicaConfig
 
 SHIPPED = "head"  # what `--draft` calls the head that comes with the project
 AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
@@ -31,6 +35,7 @@ class Launch:
         services: what `Backend.services` started.
         resolved: the plan's fingerprint; dtype and max_context are `auto` in it until the first replica has decided.
         concurrency: calls the actor must take at once.
+        group: placement group that has room for it; None takes any room.
     """
 
     config: GenerateConfig
@@ -40,6 +45,7 @@ class Launch:
     resolved: Mapping[str, Any]
     replica: int
     concurrency: int
+    group: Any = None
 
     def actor(self, cls: type, *arguments: Any) -> Any:
         """Lift a plain replica class to an actor with this launch's resources."""
@@ -49,6 +55,7 @@ class Launch:
             max_concurrency=self.concurrency,
             max_restarts=0,
             max_task_retries=0,
+            scheduling_strategy="DEFAULT" if self.group is None else PlacementGroupSchedulingStrategy(self.group, 0),
         )
         return lifted.remote(*arguments)
 
@@ -118,38 +125,72 @@ class ModelBackend:
 
     def launch(self, launch: Launch) -> Any:
         """See `Backend.launch`."""
-        from actors.replica import Replica, ReplicaConfig
+        from actors.replica import Replica
 
         config = launch.config
         # By what is reserved, not by what the process sees: Ray does not hide GPUs from an actor that asked for none.
         device = "cuda" if launch.placement.num_gpus > 0 else "cpu"
         dtype = launch.resolved["dtype"]
-        return launch.actor(
-            Replica,
-            ReplicaConfig(
-                model=anywhere(config.model),
-                # Of a hub model the very commit that was planned with, even if its branch has moved since.
-                revision=launch.resolved["revision"],
-                dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
-                device=device,
-                slots=config.slots,
-                method=launch.retrieving.method,
-                sources=tuple(launch.retrieving.sources),
-                draft=None if config.draft in (None, SHIPPED) else anywhere(config.draft),
-                retrieval=None if launch.services is None else launch.services.config,
-                budget=_or_none(config.budget),
-                sampling=config.sampling(),
-                seed=config.seed,
-                num_samples=config.num_samples,
-                kv_memory=_or_none(config.kv_memory),
-                max_context=_or_none(launch.resolved["max_context"]),
-                prefill_chunk=config.prefill_chunk,
-                trust_remote_code=config.trust_remote_code,
-                replica=launch.replica,
-                num_threads=launch.placement.num_threads,
-                is_traced=config.trace is not None,
-            ),
+        replica_config = make_replica_config(
+            config,
+            launch.retrieving,
+            # Of a hub model the very commit that was planned with, even if its branch has moved since.
+            revision=launch.resolved["revision"],
+            device=device,
+            dtype=AUTO_DTYPE[device] if dtype == "auto" else dtype,
+            max_context=_or_none(launch.resolved["max_context"]),
+            retrieval=None if launch.services is None else launch.services.config,
+            replica=launch.replica,
+            num_threads=launch.placement.num_threads,
+            is_split=launch.placement.num_gpus > 1,
         )
+        return launch.actor(Replica, replica_config)
+
+
+def make_replica_config(
+    config: GenerateConfig,
+    retrieving: Retrieving,
+    *,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    max_context: int | None,
+    retrieval: Any,
+    replica: int,
+    num_threads: int | None,
+    is_split: bool = False,
+) -> "ReplicaConfig":
+    """What a replica is told: the user's options, with all that they leave open decided.
+
+    Args:
+        retrieval: `actors.searchers.RetrievalConfig`, or None.
+    """
+    from actors.replica_config import ReplicaConfig
+
+    return ReplicaConfig(
+        model=anywhere(config.model),
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        slots=config.slots,
+        method=retrieving.method,
+        sources=tuple(retrieving.sources),
+        draft=None if config.draft in (None, SHIPPED) else anywhere(config.draft),
+        retrieval=retrieval,
+        budget=_or_none(config.budget),
+        sampling=config.sampling(),
+        seed=config.seed,
+        num_samples=config.num_samples,
+        kv_memory=_or_none(config.kv_memory),
+        max_context=max_context,
+        prefill_chunk=config.prefill_chunk,
+        trust_remote_code=config.trust_remote_code,
+        replica=replica,
+        job=str(Path(config.output).expanduser().absolute()),
+        num_threads=num_threads,
+        is_split=is_split,
+        is_traced=config.trace is not None,
+    )
 
 
 def anywhere(model: str) -> str:

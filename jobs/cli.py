@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from jobs import logs
 from pipeline.errors import ConfigError, DatastoreError, InputError, ModelError, RasdError
 
 COMMANDS = {
@@ -24,13 +25,13 @@ COMMANDS = {
     "datastore": ("jobs.datastore", "build, grow, show and check datastores for retrieval"),
 }
 
+log = logging.getLogger("jobs.cli")  # also where this file is the program
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(format="rasd: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    for package in ("jobs", "actors", "pipeline", "datastore"):
-        logging.getLogger(package).setLevel(logging.INFO)
+    logs.set_up()
     try:
         return _run(words)
     except (ConfigError, InputError, ModelError, DatastoreError) as error:
@@ -87,7 +88,11 @@ def _version() -> str:
 
 
 def _fail(error: RasdError, code: int) -> int:
-    print("rasd: error:", " ".join(str(error).split("\n")), file=sys.stderr)
+    text = " ".join(str(error).split("\n"))
+    if logs.is_json():
+        log.error("%s", text, extra={"error": type(error).__name__, "exit_code": code})
+    else:
+        print("rasd: error:", text, file=sys.stderr)
     return code
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from jobs.fields import OnOff, Options, listed, option, parse_size
+from jobs.logs import LogFormat, log_format_option
 from pipeline.request import SamplingParams
 
 Auto = Literal["auto"]
@@ -57,6 +58,7 @@ class GenerateConfig(Options):
         min_length=1,
     )
     quiet: bool = option(False, "input and output", "No progress bar and no table; the last line is still printed.")
+    log_format: LogFormat = log_format_option("input and output")
 
     model: str = option(
         ...,

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from jobs import logs
 from jobs.datastore_config import AppendConfig, BuildConfig, MergeConfig
 from jobs.options import Parser, add_options, build_config
 from pipeline.errors import ConfigError
@@ -41,6 +42,7 @@ def _build(arguments: Sequence[str]) -> int:
     parser = _parser("build", "--corpus PATH [PATH ...] --model MODEL --output DIR [options]")
     add_options(parser, BuildConfig)
     config = build_config(BuildConfig, *parser.parse_known_args(arguments))
+    logs.use(config.log_format)
     from jobs.build_datastore import build
 
     return build(config)
@@ -50,6 +52,7 @@ def _append(arguments: Sequence[str]) -> int:
     parser = _parser("append", "--corpus PATH [PATH ...] --model MODEL --output DIR [options]")
     add_options(parser, AppendConfig)
     config = build_config(AppendConfig, *parser.parse_known_args(arguments))
+    logs.use(config.log_format)
     from jobs.build_datastore import append
 
     return append(config)
@@ -61,6 +64,7 @@ def _merge(arguments: Sequence[str]) -> int:
     add_options(parser, MergeConfig)
     known, unknown = parser.parse_known_args(arguments)
     config = build_config(MergeConfig, known, unknown)
+    logs.use(config.log_format)
     from jobs.merge_datastore import merge
 
     return merge(config, known.inputs)

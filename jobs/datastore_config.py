@@ -10,6 +10,7 @@ from pydantic_core.core_schema import ValidationInfo
 
 from jobs.config import Auto, Count
 from jobs.fields import OnOff, Options, listed, option, parse_size
+from jobs.logs import LogFormat, log_format_option
 
 # Bytes of UTF-8, of which a token has at least one, stay below the 2^32 tokens that a segment can number.
 MAX_SEGMENT_TOKENS = 1 << 29
@@ -34,6 +35,7 @@ class SegmentsConfig(Options):
         metavar="N",
     )
     quiet: bool = option(False, "output", "No progress bar and no table; the last line is still printed.")
+    log_format: LogFormat = log_format_option("output")
     num_threads: Count | Auto = option(
         "auto", "cluster", "CPU threads of a task, which makes one segment; auto is a node's cores, at most 8."
     )

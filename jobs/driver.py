@@ -210,7 +210,11 @@ class Driver:
         elif work.kills < MAX_KILLS or work.search is not None:
             self._returned.appendleft(work)
         elif work.searches < MAX_SEARCHES:
-            log.warning("shard %d ended %d replicas; looking for the row that does", work.shard, work.kills)
+            log.warning(
+                "shard %d ended %d replicas; looking for the row that does",
+                *(work.shard, work.kills),
+                extra={"shard": work.shard},
+            )
             self._try(work, Search.over(work.rows))
         else:
             first, last = work.rows[0], work.rows[-1]
@@ -227,7 +231,11 @@ class Driver:
             return
         if ended_replica:
             row = search.rows[search.low]
-            log.warning("row %d (id %r) ends replicas; it becomes an error row", row.row_index, row.id)
+            log.warning(
+                "row %d (id %r) ends replicas; it becomes an error row",
+                *(row.row_index, row.id),
+                extra={"shard": work.shard, "row_index": row.row_index},
+            )
             work = replace(work, rows=search.blamed(work.kills), kills=0, search=None, searches=0)
         else:  # not this time; all rows get another chance
             work = replace(work, rows=search.rows, search=None, searches=work.searches + 1)

@@ -7,6 +7,7 @@ ray job submit --working-dir . -- python -m jobs.generate --model ... --prompts 
 import sys
 from collections.abc import Sequence
 
+from jobs import logs
 from jobs.config import GenerateConfig
 from jobs.options import Parser, add_options, build_config
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     add_options(parser, GenerateConfig)
     known, unknown = parser.parse_known_args(arguments)
     config = build_config(GenerateConfig, known, unknown)
+    logs.use(config.log_format)
     # Ray, torch and transformers take seconds to import, which help and mistyped options need not wait for.
     from jobs.backend import ModelBackend
     from jobs.generation import generate

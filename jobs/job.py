@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.metrics import JobMetrics
 from actors.rows import ReplicaInfo, ShardStats
 from jobs.backend import Backend, Launch, Retrieving
 from jobs.cluster import connected, place
@@ -18,6 +19,7 @@ from jobs.driver import Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
 from jobs.lease import Lease
+from jobs.places import Places
 from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
@@ -63,6 +65,8 @@ class Job:
         self._total = ShardStats()
         self._run_stats = ShardStats()
         self._ready_at: float | None = None
+        self._replicas: set[int] = set()  # that have been ready once
+        self._metrics: JobMetrics  # once Ray is there to take them
 
     def run(self, inputs: Inputs, attempts: Sequence[Mapping[str, Any]], began: float) -> int:
         """Do what is left and report; returns the exit code.
@@ -86,9 +90,13 @@ class Job:
         log.info(
             "replica %d on %s: %s, %s, %s, up to %d tokens a row, loaded in %.1f s",
             *(info.replica, info.node, info.model, info.device, info.dtype, info.max_context, info.load_seconds),
+            extra={"replica": info.replica, "node": info.node, "load_seconds": round(info.load_seconds, 3)},
         )
         for note in info.notes:
-            log.info("replica %d: %s", info.replica, note)
+            log.info("replica %d: %s", info.replica, note, extra={"replica": info.replica})
+        if info.replica in self._replicas:
+            self._metrics.restarted(info.replica)
+        self._replicas.add(info.replica)
         if self._ready_at is None:
             self._ready_at = time.monotonic()
             self._progress.restart()
@@ -106,6 +114,12 @@ class Job:
         self._commits[commit.shard] = commit
         self._total += commit.stats
         self._run_stats += commit.stats
+        self._metrics.committed(commit.rows)
+        log.debug(
+            "shard %d is committed: %d rows, %d errors",
+            *(commit.shard, commit.rows, commit.stats.errors),
+            extra={"shard": commit.shard, "attempt": commit.attempt, "rows": commit.rows, "file": commit.file},
+        )
 
     def should_stop(self) -> bool:
         """See `Watcher`."""
@@ -118,8 +132,9 @@ class Job:
     def _drive(self, inputs: Inputs) -> None:
         rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
         in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
-        with connected(self._config.ray_address) as nodes, self._signals:
-            placement = place(self._config, nodes)
+        with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
+            placement = places.placement
+            self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, str(self._output.absolute()))
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             driver = Driver(
@@ -134,6 +149,7 @@ class Job:
                         resolved=self._plan.fingerprint,
                         replica=replica,
                         concurrency=in_flight + _SPARE_CALLS,
+                        group=places.group(replica),
                     )
                 ),
                 watcher=self,

@@ -62,7 +62,7 @@ def build_config(model: type[M], arguments: argparse.Namespace, unknown: Sequenc
     try:
         return model.model_validate({**from_file, **flags})
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, flags, path)) from None
+        raise ConfigError(explain(error, model, flags, path)) from None
 
 
 def _extra(field: FieldInfo, key: str) -> str:
@@ -148,7 +148,8 @@ def _read_yaml(path: Path, fields: Mapping[str, FieldInfo]) -> dict[str, Any]:
     return named
 
 
-def _explain(error: ValidationError, model: type[BaseModel], flags: Mapping[str, Any], path: str | None) -> str:
+def explain(error: ValidationError, model: type[BaseModel], flags: Mapping[str, Any], path: str | None) -> str:
+    """The first problem as one line; `flags` are the options given, the others come from the file at `path`."""
     # A wrong value first: what is missing may only be so because of a mistake in what is there.
     first = min(error.errors(include_url=False), key=lambda problem: problem["type"] == "missing")
     name = str(first["loc"][0])

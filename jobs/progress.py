@@ -11,6 +11,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from actors.rows import ShardStats
+from jobs.logs import is_json
 
 LOG_SECONDS = 30.0
 
@@ -37,7 +38,7 @@ class Progress:
         """From here on there is something to see; `done` rows are from earlier runs."""
         self._done = done
         self.restart()
-        if self._is_quiet or not sys.stderr.isatty():
+        if self._is_quiet or is_json() or not sys.stderr.isatty():
             yield
             return
         with (
@@ -67,4 +68,5 @@ class Progress:
             log.info(
                 "%d/%d rows, %.2f rows/s, %.0f tokens/s, tau %.2f, %d errors",
                 *(rows, self._total, stats.rows / seconds, speed, stats.tau, stats.errors),
+                extra={"rows": rows, "num_rows": self._total, "tokens": stats.output_tokens, "errors": stats.errors},
             )

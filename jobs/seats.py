@@ -200,7 +200,11 @@ class Seat:
             self._deaths += 1
         delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
         self._launch_at = time.monotonic() + delay
-        log.warning("replica %d is lost (%s); %s", self.replica, _first_line(error), self._outlook(delay))
+        log.warning(
+            "replica %d is lost (%s); %s",
+            *(self.replica, _first_line(error), self._outlook(delay)),
+            extra={"replica": self.replica, "shards": [work.shard for work in lost.work]},
+        )
         self._actor = self._starting = self._polling = None
         self.working, self.is_ready = {}, False
         self._earlier, self._live, self._settled = self._earlier + self._settled, ShardStats(), ShardStats()

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from jobs.config import Auto, Count
 from jobs.fields import Options, listed, option, parse_size
+from jobs.logs import LogFormat, log_format_option
 
 
 class TrainConfig(Options):
@@ -52,6 +53,7 @@ class TrainConfig(Options):
         min_length=1,
     )
     quiet: bool = option(False, "input and output", "No progress and no table; the last line is still printed.")
+    log_format: LogFormat = log_format_option("input and output")
 
     model: str = option(..., "target", "Target model, as for `rasd generate`.", wanted="a model's name, path or hub id")
     revision: str | None = option(None, "target", "Branch, tag or commit of a hub model.")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from jobs import logs
 from jobs.backend import ModelBackend, anywhere
 from jobs.config import GenerateConfig
 from jobs.files import writing
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
         epilog="Exit codes: 0 done, 1 failed, 2 bad input or option, 130/143 stopped by a signal.",
     )
     add_options(parser, TrainConfig)
-    return train(build_config(TrainConfig, *parser.parse_known_args(arguments)))
+    config = build_config(TrainConfig, *parser.parse_known_args(arguments))
+    logs.use(config.log_format)
+    return train(config)
 
 
 def train(config: TrainConfig) -> int:

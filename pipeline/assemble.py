@@ -18,6 +18,7 @@ from pipeline.errors import ConfigError
 from pipeline.growth import DraftOptions
 from pipeline.head import DraftHead
 from pipeline.head_drafter import HeadDrafter
+from pipeline.kv_cache import KVShape
 from pipeline.methods import Method, build
 from pipeline.model_drafter import ModelDrafter
 from pipeline.packing import Run
@@ -82,7 +83,7 @@ def build_engine(
     token_bytes = shape.bytes_per_token + _draft_bytes(draft)
     page_bytes = token_bytes * PAGE_SIZE
     wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
-    memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device))
+    memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device, shape))
     num_pages = min(memory, wanted) // page_bytes
     if num_pages * PAGE_SIZE < max_context + 1:
         max_context = (num_pages - 1) * PAGE_SIZE
@@ -184,8 +185,10 @@ def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     return asked or longest
 
 
-def _free_memory(device: torch.device) -> int:
+def _free_memory(device: torch.device, shape: KVShape) -> int:
+    """Bytes for the keys and values of all layers, of which each device takes its layers' part."""
     if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_SHARE)
+        devices = shape.devices or (device,) * shape.num_layers
+        room = (torch.cuda.mem_get_info(each)[0] * len(devices) / devices.count(each) for each in set(devices))
+        return int(min(room) * _GPU_SHARE)
     return int(psutil.virtual_memory().available * _CPU_SHARE)

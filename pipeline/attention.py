@@ -69,8 +69,9 @@ def rasd_attention(
     if tiles is not None:
         return _attend_tiles(q, keys, values, tiles, scale, sliding_window, softcap)[None], None
     assert row is not None
-    if row.computed is not None:  # nodes done before ask nothing, but stand in the masks
-        q = q.new_zeros((len(row.positions), *q.shape[1:])).index_copy_(0, row.computed, q)  # [T, H, D]
+    computed = None if row.computed is None else row.computed.to(q.device)
+    if computed is not None:  # nodes done before ask nothing, but stand in the masks
+        q = q.new_zeros((len(row.positions), *q.shape[1:])).index_copy_(0, computed, q)  # [T, H, D]
     num_runs = len(row.cached)
     num_short = row.num_short if cpu_attention.is_available() and _has_kernel(q) else 0
     parts: list[torch.Tensor] = []
@@ -85,7 +86,7 @@ def rasd_attention(
     for i in range(row.num_short, num_runs):
         parts.append(_gathered(q, keys, values, row, (i, i + 1), scale, sliding_window, softcap))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (out if row.computed is None else out[row.computed])[None], None
+    return (out if computed is None else out[computed])[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, rasd_attention)
@@ -165,7 +166,7 @@ class _Group:
 
 
 def _group(row: PackedRow, span: tuple[int, int], window: int | None, device: torch.device) -> _Group:
-    cached_group = row.scratch.get((span, window))
+    cached_group = row.scratch.get((span, window, device))
     if isinstance(cached_group, _Group):
         return cached_group
     runs = range(*span)
@@ -189,7 +190,7 @@ def _group(row: PackedRow, span: tuple[int, int], window: int | None, device: to
         output_index=torch.from_numpy(np.flatnonzero(real.ravel())).to(device),
         visible=visible,
     )
-    row.scratch[(span, window)] = group
+    row.scratch[(span, window, device)] = group
     return group
 
 

@@ -33,7 +33,8 @@ class FeatureTap:
 
     def take(self) -> torch.Tensor:
         """[..., 3 H] the states of the newest pass, side by side; each pass's can be taken once."""
-        states = torch.cat([self._states[depth] for depth in self._depths], dim=-1)
+        device = self._states[self._depths[0]].device  # of a model spread over several, the first layer's read
+        states = torch.cat([self._states[depth].to(device) for depth in self._depths], dim=-1)
         self._states.clear()
         return states
 

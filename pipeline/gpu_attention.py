@@ -16,7 +16,8 @@ from pipeline.tiles import BLOCK_ROWS, NUM_COLUMNS, Tiles
 
 _PROGRAMS = 264  # enough to fill a large card; with fewer tiles keys are split
 _MOST_SPLITS = 16
-_BLOCK_KEYS = 64  # of a step
+_BLOCK = tl.constexpr(64)  # keys of a step
+_COLUMNS = tl.constexpr(NUM_COLUMNS)
 
 
 def attend(
@@ -50,11 +51,9 @@ def attend(
         DIM=head_dim,
         PADDED=padded,
         PAGE=page_size,
-        BLOCK=_BLOCK_KEYS,
         ROWS=max(BLOCK_ROWS, triton.next_power_of_2(fold)),
         SPLITS=splits,
         WINDOW=sliding_window is not None,
-        COLUMNS=NUM_COLUMNS,
     )
     if splits > 1:
         grid = (num_rows, num_heads)
@@ -83,13 +82,11 @@ def _attend(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(0) * COLUMNS
+    tile = tiles + tl.program_id(0) * _COLUMNS
     head, split = tl.program_id(1), tl.program_id(2)
     first, count, offset, cached = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     page_begin, mask_begin, length, at = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
@@ -100,31 +97,24 @@ def _attend(
     is_part = is_real[:, None] & (dims < DIM)[None, :]
     q = tl.load(query + place[:, None] * DIM + dims[None, :], mask=is_part, other=0.0)
     num_keys = cached + offset + count
-    num_steps = (num_keys + BLOCK - 1) // BLOCK
+    num_steps = (num_keys + _BLOCK - 1) // _BLOCK
     share = (num_steps + SPLITS - 1) // SPLITS
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, PADDED], tl.float32)
-    if WINDOW:
-        own_position = tl.load(positions + at + own, mask=is_real, other=0)
+    own_position = tl.load(positions + at + own, mask=is_real, other=0)
     for step in range(split * share, tl.minimum((split + 1) * share, num_steps)):
-        key_place = step * BLOCK + tl.arange(0, BLOCK)
+        key_place = step * _BLOCK + tl.arange(0, _BLOCK)
         page = tl.load(pages + page_begin + key_place // PAGE, mask=key_place < num_keys, other=0).to(tl.int64)
         inner = key_place - cached  # place in the run
         lines = (page * KV + head) * PAGE + key_place % PAGE
         is_key = (key_place < num_keys)[:, None] & (dims < DIM)[None, :]
         k = tl.load(keys + lines[:, None] * DIM + dims[None, :], mask=is_key, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        visible = inner[None, :] <= own[:, None]
-        if mask_begin >= 0:
-            is_inside = is_real[:, None] & (inner >= 0)[None, :] & (inner < length)[None, :]
-            bits = tl.load(mask + mask_begin + own[:, None] * length + inner[None, :], mask=is_inside, other=0)
-            visible = (inner < 0)[None, :] | (bits != 0)
+        visible = _inside(mask, mask_begin, length, inner, own, is_real)
         visible = visible & (key_place < num_keys)[None, :]
         if WINDOW:
-            is_inside = (inner >= 0) & (inner < length)
-            key_position = tl.where(inner < 0, key_place, tl.load(positions + at + inner, mask=is_inside, other=0))
-            visible = visible & (own_position[:, None] - key_position[None, :] < window)
+            visible = visible & _near(positions + at, length, key_place, inner, own_position, window)
         scores = tl.where(visible, scores, -1e30)
         larger = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.where(visible, tl.exp(scores - larger[:, None]), 0.0)
@@ -141,6 +131,25 @@ def _attend(
         tl.store(parts + place[:, None] * DIM + dims[None, :], mixed, mask=is_part)
         tl.store(sums + place * 2, largest, mask=is_real)
         tl.store(sums + place * 2 + 1, total, mask=is_real)
+
+
+@triton.jit
+def _inside(mask, mask_begin, length, inner, own, is_real):
+    """[ROWS, keys] whether rows at places `own` of the run see keys at places `inner`, negative for cached ones."""
+    visible = inner[None, :] <= own[:, None]
+    if mask_begin >= 0:
+        is_inside = is_real[:, None] & (inner >= 0)[None, :] & (inner < length)[None, :]
+        bits = tl.load(mask + mask_begin + own[:, None] * length + inner[None, :], mask=is_inside, other=0)
+        visible = (inner < 0)[None, :] | (bits != 0)
+    return visible
+
+
+@triton.jit
+def _near(positions, length, key_place, inner, own_position, window):
+    """[ROWS, keys] whether keys are within the window before rows at positions `own_position`."""
+    is_inside = (inner >= 0) & (inner < length)
+    key_position = tl.where(inner < 0, key_place, tl.load(positions + inner, mask=is_inside, other=0))
+    return own_position[:, None] - key_position[None, :] < window
 
 
 @triton.jit

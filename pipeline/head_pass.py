@@ -37,14 +37,14 @@ class HeadPasses:
         self._branches = min(branches, head.config.draft_vocab_size)
         self._cache = cache
         self._layer = _Layer()
-        self._device = cache.keys.device
+        self._device = cache.device
         self._row: StaticRow | None = None
         if graphs.pays(self._device) if is_static is None else is_static:
             config = head.config
-            trash = (cache.keys.shape[1] - 1) * cache.page_size
+            trash = (cache.num_pages - 1) * cache.page_size
             fold = config.num_heads // config.num_kv_heads
             self._row = StaticRow(fold, trash, self._device, num_slots, has_windows=False)
-            self._features = torch.zeros(SIZES[-1], config.hidden_size, dtype=cache.keys.dtype, device=self._device)
+            self._features = torch.zeros(SIZES[-1], config.hidden_size, dtype=cache.shape.dtype, device=self._device)
             self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, self._device)
 
     def run(self, runs: list[Run], features: torch.Tensor) -> Outputs:

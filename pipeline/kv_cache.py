@@ -17,41 +17,68 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token costs: `num_layers` x 2 x K heads x D numbers of `dtype`."""
+    """What one token costs: `num_layers` x 2 x K heads x D numbers of `dtype`.
+
+    Attributes:
+        devices: of each layer, where a model is spread over several; else empty.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
+class _Pool:
+    """Keys and values of the layers on one device, each [layers, P, K, page, D]."""
+
+    def __init__(self, shape: KVShape, num_layers: int, num_pages: int, page_size: int, device: torch.device) -> None:
+        size = (num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim)
+        self.keys = _zeros(size, shape.dtype, device)
+        self.values = _zeros(size, shape.dtype, device)
+        self.flat_keys = self.keys.view(num_layers, -1, shape.head_dim)
+        self.flat_values = self.values.view(num_layers, -1, shape.head_dim)
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)  # [K * T] where the current row's tokens go
+        self._device = device
+        self._page_size = page_size
+        self._page_rows = shape.num_kv_heads * page_size
+        self._head = (torch.arange(shape.num_kv_heads, device=device) * page_size)[:, None]
+
+    def row_index(self, cache_index: torch.Tensor) -> torch.Tensor:
+        """Rows of the flat [P * K * page, D] view for pool token indices (page * page_size + offset), [K * T]."""
+        cache_index = cache_index.to(self._device)
+        page = cache_index.div(self._page_size, rounding_mode="floor")
+        return (page * self._page_rows + self._head + (cache_index - page * self._page_size)).flatten()
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        source_rows, target_rows = self.row_index(source), self.row_index(target)
+        self.flat_keys[:, target_rows] = self.flat_keys[:, source_rows]
+        self.flat_values[:, target_rows] = self.flat_values[:, source_rows]
+
+
 class PagedCache(Cache):
-    """Keys and values, each [layers, P, K, page, D]; a forward pass writes where its `PackedRow` says.
+    """Keys and values of each layer, [P, K, page, D]; a forward pass writes where its `PackedRow` says.
 
     Zeroed at first: padding gathered past a sequence's end is multiplied by zero and must be finite.
     """
 
     def __init__(self, shape: KVShape, num_pages: int, page_size: int, device: torch.device) -> None:
         super().__init__(layers=[])
-        size = (shape.num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim)
-        self.keys = _zeros(size, shape.dtype, device)
-        self.values = _zeros(size, shape.dtype, device)
         self.shape = shape
+        self.device = device
+        self.num_pages = num_pages
         self.page_size = page_size
-        self._flat_keys = self.keys.view(shape.num_layers, -1, shape.head_dim)
-        self._flat_values = self.values.view(shape.num_layers, -1, shape.head_dim)
-        self._rows = torch.empty(0, dtype=torch.int64, device=device)  # [K * T] where the current row's tokens go
-        self._head = (torch.arange(shape.num_kv_heads, device=device) * page_size)[:, None]
-
-    def _row_index(self, cache_index: torch.Tensor) -> torch.Tensor:
-        """Rows of the flat [P * K * page, D] view for pool token indices (page * page_size + offset). [T] -> [K, T]."""
-        page = cache_index.div(self.page_size, rounding_mode="floor")
-        heads = self.shape.num_kv_heads
-        return page * (heads * self.page_size) + self._head + (cache_index - page * self.page_size)
+        devices = shape.devices or (device,) * shape.num_layers
+        self._pools = {each: _Pool(shape, devices.count(each), num_pages, page_size, each) for each in set(devices)}
+        # Of each layer its pool and its number there.
+        self._layers = [(self._pools[each], devices[:i].count(each)) for i, each in enumerate(devices)]
+        self.keys = [pool.keys[i] for pool, i in self._layers]
+        self.values = [pool.values[i] for pool, i in self._layers]
 
     def begin(self, row: PackedRow) -> None:
         """Announces the packed row of the next forward pass."""
@@ -59,26 +86,26 @@ class PagedCache(Cache):
 
     def place(self, write_index: torch.Tensor) -> None:
         """Announces where the next keys and values go: [T] pool token indices."""
-        self._rows = self._row_index(write_index).flatten()
+        for pool in self._pools.values():
+            pool.rows = pool.row_index(write_index)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one layer's new keys and values, [1, K, T, D] each, into the pool."""
+        """Writes one layer's new keys and values, [1, K, T, D] each, into its pool."""
         head_dim = self.shape.head_dim
-        self._flat_keys[layer_idx].index_copy_(0, self._rows, key_states.reshape(-1, head_dim))
-        self._flat_values[layer_idx].index_copy_(0, self._rows, value_states.reshape(-1, head_dim))
+        pool, layer = self._layers[layer_idx]
+        pool.flat_keys[layer].index_copy_(0, pool.rows, key_states.reshape(-1, head_dim))
+        pool.flat_values[layer].index_copy_(0, pool.rows, value_states.reshape(-1, head_dim))
         return key_states, value_states
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies tokens within the pool, all layers at once: pool token indices [n] -> [n].
+        """Copies tokens within the pools, all layers at once: pool token indices [n] -> [n].
 
         All sources are read before anything is written.
         """
-        source_rows = self._row_index(source).flatten()
-        target_rows = self._row_index(target).flatten()
-        self._flat_keys[:, target_rows] = self._flat_keys[:, source_rows]
-        self._flat_values[:, target_rows] = self._flat_values[:, source_rows]
+        for pool in self._pools.values():
+            pool.move(source, target)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; transformers asks only to fill them in."""

@@ -127,12 +127,13 @@ def load_causal_lm(
 
     Args:
         dtype: of the weights; `auto` takes what the checkpoint says.
+        device: `auto` spreads the layers evenly over all GPUs there are (accelerate's device map).
 
     Raises:
         ModelError: it cannot be loaded, is not decoder-only, or its files lack some of its weights.
     """
     config = load_config(resolved, trust_remote_code=trust_remote_code)
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": "auto" if device == "auto" else {"": device}}
     if resolved.gguf_file is not None:
         arguments["quantization_config"] = _gguf_config()
     else:

@@ -37,7 +37,7 @@ class StaticPasses:
                     module.compile(dynamic=True)
         self._cache = cache
         self._tap = tap
-        trash = (cache.keys.shape[1] - 1) * cache.page_size
+        trash = (cache.num_pages - 1) * cache.page_size
         self._row = StaticRow(
             config.num_attention_heads // cache.shape.num_kv_heads,
             trash,

@@ -63,12 +63,14 @@ class Target:
         self.config = model.config.get_text_config()
         self.model = model
         self.device: torch.device = model.device
+        shape = kv_shape(model)
         self.num_pages = num_pages
-        self.cache = PagedCache(kv_shape(model), num_pages + 1, page_size, self.device)  # the last is nobody's
+        self.cache = PagedCache(shape, num_pages + 1, page_size, self.device)  # the last page is nobody's
+        self._is_split = bool(shape.devices)
         self.tap: FeatureTap | None = None
         model.set_attn_implementation(IMPLEMENTATION)
         self._passes: StaticPasses | None = None
-        if graphs.pays(self.device) if is_static is None else is_static:
+        if not self._is_split and (graphs.pays(self.device) if is_static is None else is_static):
             self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots)
 
     def read_states(self, depths: Sequence[int]) -> None:
@@ -104,10 +106,12 @@ class Target:
             position_ids=row.position_ids,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=row.logits_index,
+            # A list works wherever the last layer is; a tensor would be on the first one's device.
+            logits_to_keep=row.logits_index.tolist() if self._is_split else row.logits_index,
             packed=AttentionContext(row, self.cache),
         )
-        return output.logits[0], None if self.tap is None else self.tap.take()[0]
+        states = None if self.tap is None else self.tap.take()[0].to(self.device)
+        return output.logits[0].to(self.device), states
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:
@@ -125,7 +129,7 @@ def kv_shape(model: PreTrainedModel) -> KVShape:
         model(
             input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True
         )
-    shapes = set()
+    shapes, devices = set(), []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.shape != values.shape:
@@ -133,6 +137,7 @@ def kv_shape(model: PreTrainedModel) -> KVShape:
                 f"Target of type {name!r} has a layer without plain keys and values; choose another target."
             )
         shapes.add((keys.shape[1], keys.shape[3], keys.dtype))
+        devices.append(keys.device)
     num_layers = model.config.get_text_config().num_hidden_layers
     if len(cache.layers) != num_layers or len(shapes) != 1:
         raise ModelError(
@@ -140,7 +145,7 @@ def kv_shape(model: PreTrainedModel) -> KVShape:
             "layers; only models whose layers all keep keys and values of one shape are supported."
         )
     heads, head_dim, dtype = shapes.pop()
-    return KVShape(num_layers, heads, head_dim, dtype)
+    return KVShape(num_layers, heads, head_dim, dtype, tuple(devices) if len(set(devices)) > 1 else ())
 
 
 def _check_attention(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from typing import NoReturn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from jobs.logs import is_json
 from jobs.progress import LOG_SECONDS
 from jobs.segments.making import Made
 
@@ -34,7 +35,7 @@ class SegmentProgress:
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """From here on there is something to see."""
-        if self._is_quiet or not sys.stderr.isatty():
+        if self._is_quiet or is_json() or not sys.stderr.isatty():
             yield
             return
         with tqdm(total=self._total, unit="source", dynamic_ncols=True) as self._bar, logging_redirect_tqdm():

@@ -13,7 +13,8 @@ import ray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.records import output_schema
-from actors.replica import Replica, ReplicaConfig
+from actors.replica import Replica
+from actors.replica_config import ReplicaConfig
 from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig
 from actors.rows import InputRow, ShardStats, ShardTask
 from actors.searchers import RetrievalConfig
@@ -60,7 +61,9 @@ def outputs_of(
             draft=None,
             retrieval=retrieval,
             replica=0,
+            job=str(directory),
             num_threads=None,
+            is_split=False,
             is_traced=False,
         )
     )

@@ -46,7 +46,7 @@ def packed(runs: list[Run], heads: int, kv: int, dim: int, seed: int) -> tuple[P
     row = pack([runs[i] for i in order], num_short, PAGE, CPU)
     draws = torch.Generator().manual_seed(seed)
     cache = PagedCache(KVShape(1, kv, dim, torch.float32), sum(len(run.pages.pages) for run in runs), PAGE, CPU)
-    for pool in (cache.keys, cache.values):
+    for pool in (*cache.keys, *cache.values):
         pool.copy_(torch.randn(pool.shape, generator=draws))
     return row, cache, torch.randn(row.token_ids.shape[1], heads, dim, generator=draws)
 

@@ -1,0 +1,46 @@
+"""Where the replicas of a job are: a placement group for each, which keeps its place while actors come and go in it.
+
+A group is of the kind STRICT_PACK: all that a replica reserves is on one node. It belongs to the driver, so that Ray
+removes it when the driver is gone, however that happened.
+"""
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.util import placement_group, remove_placement_group
+
+from jobs.cluster import Placement
+
+log = logging.getLogger(__name__)
+
+
+class Places:
+    """Context manager that makes the groups when they are asked for, and gives all resources back at its end."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self._bundle = {"CPU": placement.num_cpus}
+        if placement.num_gpus > 0:
+            self._bundle["GPU"] = placement.num_gpus
+        self._groups: dict[int, Any] = {}
+
+    def group(self, replica: int) -> Any:
+        """The replica's placement group, the same one each time; it may still wait for room."""
+        if replica not in self._groups:
+            self._groups[replica] = placement_group([self._bundle], strategy="STRICT_PACK")
+        return self._groups[replica]
+
+    def __enter__(self) -> "Places":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for replica, group in self._groups.items():
+            try:
+                remove_placement_group(group)
+            except RayError as problem:  # Ray removes it when the driver leaves; that must not hide another error
+                log.warning("the place of replica %d was not given back at once: %s", replica, problem)
+        self._groups.clear()
