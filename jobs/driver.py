@@ -4,17 +4,15 @@ Knows nothing of models, options or how rows are read.
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
-
 from actors.rows import InputRow, ReplicaInfo, ShardStats, ShardTask
 from jobs.commit import Commit, CommitLog
+from jobs.runtime import RAY, Runtime
 from jobs.seats import Event, Finished, Lost, Seat, Started, Work
 from jobs.suspects import Search
 from pipeline.errors import JobError
@@ -71,6 +69,7 @@ class Driver:
         shards: shards to do, with their rows; read lazily.
         commits: the open commit log.
         launch: makes the actor of a replica; see `actors.replica.Replica` for its methods.
+        runtime: where the actors run.
     """
 
     def __init__(
@@ -80,15 +79,17 @@ class Driver:
         launch: Callable[[int], Any],
         watcher: Watcher,
         config: DriverConfig,
+        runtime: Runtime = RAY,
     ) -> None:
         self._shards = shards
         self._commits = commits
         self._watcher = watcher
         self._config = config
-        self._seats = [Seat(replica, launch) for replica in range(config.num_replicas)]
+        self._runtime = runtime
+        self._seats = [Seat(replica, launch, runtime) for replica in range(config.num_replicas)]
         self._returned: deque[Work] = deque()
         self.events: list[dict[str, Any]] = []
-        self._warn_at = time.monotonic() + _WAITING_SECONDS
+        self._warn_at = runtime.now() + _WAITING_SECONDS
 
     def run(self) -> None:
         """Commit every shard, or return early when the watcher says so.
@@ -133,9 +134,9 @@ class Driver:
             )
         for seat in self._seats:
             seat.launch_if_due()
-        if time.monotonic() > self._warn_at and not any(seat.is_ready for seat in self._seats):
-            self._warn_at = time.monotonic() + _WAITING_SECONDS
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
+        if self._runtime.now() > self._warn_at and not any(seat.is_ready for seat in self._seats):
+            self._warn_at = self._runtime.now() + _WAITING_SECONDS
+            free = self._runtime.free()
             log.info(
                 "no replica is ready yet: they load the model or wait for a place; free are %g CPUs and %g GPUs",
                 *(free.get("CPU", 0), free.get("GPU", 0)),
@@ -175,9 +176,9 @@ class Driver:
     def _handle_events(self) -> None:
         futures = [future for seat in self._seats for future in seat.futures()]
         if not futures:
-            time.sleep(_TICK_SECONDS)
+            self._runtime.sleep(_TICK_SECONDS)
             return
-        ray.wait(futures, timeout=_TICK_SECONDS, fetch_local=False)
+        self._runtime.wait(futures, _TICK_SECONDS)
         self._settle_done()
         for seat in self._seats:
             seat.poll()
@@ -185,8 +186,7 @@ class Driver:
     def _settle_done(self) -> None:
         for seat in self._seats:
             futures = seat.futures()
-            done, _ = ray.wait(futures, num_returns=len(futures), timeout=0) if futures else ([], [])
-            for future in done:
+            for future in self._runtime.wait(futures, 0.0) if futures else ():
                 for event in seat.settle(future):
                     self._handle(event)
 

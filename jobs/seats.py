@@ -1,16 +1,14 @@
 """A seat: the place of one replica, in which Ray actors come and go.
 
-Turns Ray's futures into events, and knows which exceptions mean that an actor or its node is lost (to be replaced)
+Turns futures into events, and knows which exceptions mean that an actor or its node is lost (to be replaced)
 and which mean that the work itself failed (never repeated).
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
@@ -24,6 +22,7 @@ from ray.exceptions import (
 )
 
 from actors.rows import InputRow, ReplicaInfo, ShardResult, ShardStats, ShardTask
+from jobs.runtime import Runtime
 from jobs.suspects import Search
 from pipeline.errors import JobError, RasdError
 
@@ -99,13 +98,15 @@ class Seat:
     Args:
         replica: its ordinal.
         launch: makes an actor for that ordinal; called again after each loss.
+        runtime: where actors run.
     """
 
-    def __init__(self, replica: int, launch: Callable[[int], Any]) -> None:
+    def __init__(self, replica: int, launch: Callable[[int], Any], runtime: Runtime) -> None:
         self.replica = replica
         self.working: dict[Any, Work] = {}
         self.is_ready = False
         self._launch = launch
+        self._runtime = runtime
         self._actor: Any = None
         self._starting: Any = None
         self._polling: Any = None
@@ -129,7 +130,7 @@ class Seat:
 
     def launch_if_due(self) -> None:
         """Start an actor unless there is one, or it is too soon after a loss."""
-        if self._actor is None and not self.is_retired and time.monotonic() >= self._launch_at:
+        if self._actor is None and not self.is_retired and self._runtime.now() >= self._launch_at:
             self._actor = self._launch(self.replica)
             self._starting = self._actor.start.remote()
 
@@ -139,8 +140,8 @@ class Seat:
 
     def poll(self) -> None:
         """Ask for progress, not too often; the answer arrives with `futures`."""
-        if self.is_ready and self._polling is None and time.monotonic() >= self._poll_at:
-            self._poll_at = time.monotonic() + POLL_SECONDS
+        if self.is_ready and self._polling is None and self._runtime.now() >= self._poll_at:
+            self._poll_at = self._runtime.now() + POLL_SECONDS
             self._polling = self._actor.progress.remote()
 
     def futures(self) -> list[Any]:
@@ -157,7 +158,7 @@ class Seat:
         if future not in self.futures():
             return
         try:
-            value = ray.get(future)
+            value = self._runtime.get(future)
         except RayTaskError as error:
             raise _reason(error, self.replica) from error
         except LOST as error:
@@ -186,20 +187,20 @@ class Seat:
         events: list[dict[str, Any]] = []
         if self.is_ready and not self.working:
             try:
-                events = ray.get(self._actor.stop.remote(), timeout=STOP_SECONDS) or []
+                events = self._runtime.get(self._actor.stop.remote(), timeout=STOP_SECONDS) or []
             except RayError as error:
                 log.warning("replica %d did not stop in time: %s", self.replica, _first_line(error))
-        ray.kill(self._actor)
+        self._runtime.kill(self._actor)
         self._actor = None
         return events
 
     def _lose(self, error: Exception) -> Lost:
-        ray.kill(self._actor)
+        self._runtime.kill(self._actor)
         lost = Lost(tuple(self.working.values()), bool(getattr(error, "preempted", False)))
         if all(work.search is None for work in lost.work):  # who searches for a deadly row expects to lose replicas
             self._deaths += 1
         delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
-        self._launch_at = time.monotonic() + delay
+        self._launch_at = self._runtime.now() + delay
         log.warning("replica %d is lost (%s); %s", self.replica, _first_line(error), self._outlook(delay))
         self._actor = self._starting = self._polling = None
         self.working, self.is_ready = {}, False
