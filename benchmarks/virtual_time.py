@@ -129,7 +129,7 @@ class VirtualActor:
     Args:
         plain: has the methods of `actors.replica.Replica`, which here take no time.
         seconds: how long a shard takes.
-        load_seconds: how long `start` takes.
+        load_seconds: how long `start` takes; stop_seconds: how long `stop` does.
         dies_at: when its process ends by itself.
         is_deadly: whether a shard ends the process, halfway through it.
     """
@@ -141,6 +141,7 @@ class VirtualActor:
         seconds: Callable[[ShardTask], float],
         *,
         load_seconds: float = 0.0,
+        stop_seconds: float = 0.0,
         dies_at: float = math.inf,
         is_deadly: Callable[[ShardTask], bool] = lambda task: False,
     ) -> None:
@@ -154,7 +155,7 @@ class VirtualActor:
         self._spans: list[dict[str, Any]] = []
         self.start = _Method(lambda: self._call(load_seconds, plain.start))
         self.progress = _Method(lambda: self._call(0.0, plain.progress))
-        self.stop = _Method(lambda: self._call(0.0, lambda: self._spans))
+        self.stop = _Method(lambda: self._call(stop_seconds, lambda: self._spans))
         self.run_shard = _Method(self._run_shard)
 
     def die(self, at: float) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
 from jobs.driver import ATTEMPTS_A_RUN, MAX_KILLS, Driver, DriverConfig
 from jobs.lease import Lease
-from jobs.seats import MAX_DEATHS
+from jobs.seats import MAX_DEATHS, STOP_SECONDS
 from pipeline.errors import JobError
 from tests.fakes import FakeReplica, Faults
 
@@ -115,7 +116,7 @@ def test_shards_of_lost_replicas_are_done_again_and_committed_once(tmp_path: Pat
     diary = drive(tmp_path, mortal)
     assert {row["status"] for row in rows_of(tmp_path)} == {"ok"}
     assert sorted(shard for _, shard, _ in diary.commits) == list(range(NUM_SHARDS))
-    assert len(diary.starts) == 5, "two of the first three became ready, and each was replaced once"
+    assert len(diary.starts) == 5, "two of the first three became ready, and all were replaced"
     again = {shard for _, shard, attempt in diary.commits if attempt > ATTEMPTS_A_RUN}
     assert len(again) == 4, "two replicas had two shards each when they died"
     assert not list((tmp_path / "_tmp").iterdir())
@@ -159,6 +160,31 @@ def test_a_stopped_job_resumes_with_what_is_left(tmp_path: Path) -> None:
     both = sorted(shard for _, shard, _ in first.commits + second.commits)
     assert both == list(range(NUM_SHARDS))
     rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("num_replicas", [NUM_SHARDS, NUM_SHARDS - 8])
+def test_no_replica_has_two_shards_while_another_has_none(tmp_path: Path, num_replicas: int) -> None:
+    """Replicas were filled one by one once: half of 24 replicas took all of 24 shards, and the others idled."""
+    diary = drive(tmp_path, num_replicas=num_replicas)
+    assert sum(at == SECONDS for at, _, _ in diary.commits) == num_replicas
+
+
+def test_replicas_that_do_not_stop_are_waited_for_together(tmp_path: Path) -> None:
+    """Each had its own five seconds once: 512 replicas that hang would have held a finished job for 43 minutes."""
+    time = VirtualTime()
+    make = partial(VirtualActor, seconds=lambda task: SECONDS, stop_seconds=60.0)
+    diary = drive(tmp_path, lambda time, plain, _: make(time, plain), num_replicas=NUM_SHARDS, time=time)
+    assert time.now() == diary.commits[-1][0] + STOP_SECONDS
+
+
+def test_many_replicas_are_asked_for_progress_more_rarely(tmp_path: Path) -> None:
+    """So that what the driver spends on it does not grow with them."""
+    few, many = VirtualTime(), VirtualTime()
+    drive(tmp_path / "few", num_replicas=1, time=few)
+    drive(tmp_path / "many", num_replicas=640, time=many)
+    polls = few.events - NUM_SHARDS - 1 - 1, many.events - NUM_SHARDS - 640 - 640
+    assert polls[0] == pytest.approx(NUM_SHARDS * SECONDS, rel=0.05), "about one a second"
+    assert polls[1] <= 640 * (SECONDS / 10 + 1), "not one a second each"
 
 
 def test_what_the_driver_takes_is_on_the_clock(tmp_path: Path) -> None:
