@@ -26,9 +26,8 @@ from typing import Any
 
 import psutil
 
-from actors.rows import ShardResult, ShardTask
 from benchmarks.common import report
-from benchmarks.timed_replica import TimedReplica
+from benchmarks.timed_replica import NotingReplica, SteadySeconds
 from jobs.backend import Launch, Retrieving
 from jobs.commit import record_path
 from jobs.config import GenerateConfig
@@ -38,30 +37,6 @@ from tests.fakes import FakeBackend
 
 _MARKS = (0.1, 0.5, 1.0)
 _WORDS = ["retrieval", "augmented", "speculative", "decoding", "verifies", "drafted", "trees", "with", "one", "pass"]
-
-
-@dataclass(frozen=True, slots=True)
-class Steady:
-    """The same seconds for every shard."""
-
-    seconds: float
-
-    def __call__(self, shard: int) -> float:
-        return self.seconds
-
-
-class NotingReplica(TimedReplica):
-    """Leaves a file with the time at which its first shard arrived."""
-
-    def __init__(self, note: str, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._note = Path(note)
-
-    def run_shard(self, task: ShardTask) -> ShardResult:
-        """See `TimedReplica`."""
-        if not self._note.exists():
-            self._note.write_text(str(time.time()))
-        return super().run_shard(task)
 
 
 @dataclass
@@ -92,7 +67,7 @@ class NotingBackend(FakeBackend):
         """See `jobs.backend.Backend`."""
         note = str(self.notes / str(launch.replica))
         dtype = str(launch.resolved["dtype"])
-        return launch.actor(NotingReplica, note, launch.config, launch.replica, dtype, Steady(self.seconds))
+        return launch.actor(NotingReplica, note, launch.config, launch.replica, dtype, SteadySeconds(self.seconds))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -42,7 +42,7 @@ _IN_FLIGHT = 2
 _CONCURRENCY = _IN_FLIGHT + 2  # progress and stop are answered beside the shards
 _NUM_REAL = 16
 _REAL_SCALE = 1 / 30
-_MOST_SHARDS = 6000
+_MOST_SHARDS = 3584
 _ENTRIES = 12
 
 Shards = Iterator[tuple[int, tuple[InputRow, ...]]]
@@ -83,8 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 8, 64, 512], help="numbers of replicas")
-    parser.add_argument("--profiled", type=int, default=512, help="size at which the driver is profiled")
-    parser.add_argument("--shards-per-replica", type=int, default=20, help=f"at most; {_MOST_SHARDS} in all")
+    parser.add_argument("--profiled", type=int, default=512, help="size at which it is profiled and saturated")
+    parser.add_argument(
+        "--faster", type=int, nargs="*", default=[16, 32], help="shorter shards, to find what it manages"
+    )
+    parser.add_argument("--shards-per-replica", type=int, default=10, help=f"at most; {_MOST_SHARDS} in all")
     parser.add_argument("--rows-per-shard", type=int, default=64)
     parser.add_argument("--no-real", action="store_true", help="leave the real actors out")
     parser.add_argument("--plot", type=Path)
@@ -96,13 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         costs = ray_costs(rows)
         results["ray_costs"] = asdict(costs)
         if not options.no_real:
-            shards, seconds = min(10, options.shards_per_replica) * _NUM_REAL, SkewedSeconds(_SEED, _REAL_SCALE)
+            shards, seconds = options.shards_per_replica * _NUM_REAL, SkewedSeconds(_SEED, _REAL_SCALE)
             results["real_actors"] = run_real(_NUM_REAL, shards, rows, seconds)
             results["same_in_virtual_time"] = run_virtual(_NUM_REAL, shards, rows, seconds, costs)
+            results["real_to_virtual"] = {
+                key: results["real_actors"][key] / results["same_in_virtual_time"][key]
+                for key in ("utilisation", "seconds_until_last_handed_out", "makespan", "whole_utilisation")
+            }
     results["sizes"] = [
         run_virtual(size, _num_shards(size, options), rows, SkewedSeconds(_SEED), costs) for size in options.sizes
     ]
     size = options.profiled
+    results["saturation"] = [
+        {"faster": faster, **run_virtual(size, 4 * size, rows, SkewedSeconds(_SEED, 1 / faster), costs)}
+        for faster in options.faster
+    ]
     profile = run_virtual(size, _num_shards(size, options) // 3, rows, SkewedSeconds(_SEED), costs, is_profiled=True)
     results["profile"] = {"replicas": size, "share_of_driver_by_function": profile["profile"]}
     report(results, options.output)
@@ -134,6 +145,7 @@ def run_virtual(
         "events": clock.events,
         "events_per_driver_second": clock.events / clock.busy,
         "driver_ms_a_shard": 1000 * clock.busy / num_shards,
+        "shards_per_second": num_shards / figures["makespan"],
         "process_cpu_seconds": time.thread_time() - cpu,
     }
     if profile is not None:
@@ -142,11 +154,12 @@ def run_virtual(
 
 
 def run_real(size: int, num_shards: int, rows: int, seconds: SkewedSeconds) -> dict[str, Any]:
-    """The same with real actors that sleep, in real time."""
+    """The same with real actors that sleep, in real time; their processes are there before, as virtual ones are."""
     lifted: Any = ray.remote(TimedReplica).options(num_cpus=0, max_concurrency=_CONCURRENCY)
-    return measure(
-        RAY, lambda replica, config: lifted.remote(config, replica, "float32", seconds), size, num_shards, rows
-    )
+    config = GenerateConfig(model="fake", prompts=("unused",), output="unused")
+    actors = [lifted.remote(config, replica, "float32", seconds) for replica in range(size)]
+    ray.get([actor.progress.remote() for actor in actors])
+    return measure(RAY, lambda replica, _: actors[replica], size, num_shards, rows)
 
 
 def measure(

@@ -4,6 +4,8 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.rows import ShardResult, ShardTask
@@ -36,6 +38,30 @@ class TimedReplica(FakeReplica):
     def stop(self) -> list[dict[str, Any]]:
         """When it was busy, by the monotonic clock that all processes of a machine share."""
         return self._spans
+
+
+class NotingReplica(TimedReplica):
+    """Leaves a file `note` with the time at which the first shard arrived, in seconds since the epoch."""
+
+    def __init__(self, note: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._note = Path(note)
+
+    def run_shard(self, task: ShardTask) -> ShardResult:
+        """See `TimedReplica`."""
+        if not self._note.exists():
+            self._note.write_text(str(time.time()))
+        return super().run_shard(task)
+
+
+@dataclass(frozen=True, slots=True)
+class SteadySeconds:
+    """The same seconds for every shard."""
+
+    seconds: float
+
+    def __call__(self, shard: int) -> float:
+        return self.seconds
 
 
 class SkewedSeconds:
