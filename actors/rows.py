@@ -3,9 +3,8 @@
 Knows nothing of how a row is read, generated or committed. Everything here is small, immutable and picklable.
 """
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -84,15 +83,25 @@ class ShardStats:
     retrieval_misses: int = 0
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
-        total: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in total.items():
-            if name == "accepted_by_source":
-                counts = Counter(value)
-                counts.update(other.accepted_by_source)
-                total[name] = dict(counts)
-            else:
-                total[name] = value + getattr(other, name)
-        return ShardStats(**total)
+        # Written out: a job adds once for every row and shard, and a driver for every replica at each look.
+        by_source = self.accepted_by_source
+        if other.accepted_by_source:
+            by_source = dict(by_source)
+            for source, count in other.accepted_by_source.items():
+                by_source[source] = by_source.get(source, 0) + count
+        return ShardStats(
+            rows=self.rows + other.rows,
+            errors=self.errors + other.errors,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            rounds=self.rounds + other.rounds,
+            drafted=self.drafted + other.drafted,
+            accepted=self.accepted + other.accepted,
+            rounds_without_draft=self.rounds_without_draft + other.rounds_without_draft,
+            accepted_by_source=by_source,
+            samples_ok=self.samples_ok + other.samples_ok,
+            retrieval_misses=self.retrieval_misses + other.retrieval_misses,
+        )
 
     @property
     def tau(self) -> float:

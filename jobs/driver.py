@@ -3,19 +3,18 @@
 Knows nothing of models, options or how rows are read.
 """
 
+import heapq
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import ray
-
 from actors.rows import InputRow, ReplicaInfo, ShardStats, ShardTask
 from jobs.commit import Commit, CommitLog
-from jobs.seats import Event, Finished, Lost, Seat, Started, Work
+from jobs.runtime import RAY, Runtime
+from jobs.seats import STOP_SECONDS, Event, Finished, Lost, Seat, Started, Work
 from jobs.suspects import Search
 from pipeline.errors import JobError
 
@@ -24,6 +23,9 @@ MAX_SEARCHES = 2  # for a shard's deadly row, without finding one
 # Attempts of different runs of the driver must differ: a replica of a dead run may still be writing.
 ATTEMPTS_A_RUN = 1000
 _TICK_SECONDS = 0.5
+_POLL_SECONDS = 1.0
+# Of all replicas together: progress is worth a small share of the driver's time, however many they are.
+_POLLS_A_SECOND = 64
 _WAITING_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class Driver:
         shards: shards to do, with their rows; read lazily.
         commits: the open commit log.
         launch: makes the actor of a replica; see `actors.replica.Replica` for its methods.
+        runtime: where the actors run.
     """
 
     def __init__(
@@ -80,15 +83,19 @@ class Driver:
         launch: Callable[[int], Any],
         watcher: Watcher,
         config: DriverConfig,
+        runtime: Runtime = RAY,
     ) -> None:
         self._shards = shards
         self._commits = commits
         self._watcher = watcher
         self._config = config
-        self._seats = [Seat(replica, launch) for replica in range(config.num_replicas)]
+        self._runtime = runtime
+        poll_seconds = max(_POLL_SECONDS, config.num_replicas / _POLLS_A_SECOND)
+        self._seats = [Seat(replica, launch, runtime, poll_seconds) for replica in range(config.num_replicas)]
         self._returned: deque[Work] = deque()
         self.events: list[dict[str, Any]] = []
-        self._warn_at = time.monotonic() + _WAITING_SECONDS
+        self._warn_at = runtime.now() + _WAITING_SECONDS
+        self._report_at = 0.0
 
     def run(self) -> None:
         """Commit every shard, or return early when the watcher says so.
@@ -104,12 +111,16 @@ class Driver:
                 if not self._has_work():
                     break
                 self._handle_events()
-                self._watcher.progressed(self.stats)
+                self._report()
             # After a signal: what is finished is committed, the rest is generated again by the next run.
-            self._settle_done()
+            self._settle(0.0)
+            self._watcher.progressed(self.stats)
         finally:
             for seat in self._seats:
-                self.events += seat.stop()
+                seat.ask_to_stop()
+            until = self._runtime.now() + STOP_SECONDS
+            for seat in self._seats:
+                self.events += seat.stop(until)
 
     @property
     def stats(self) -> ShardStats:
@@ -131,25 +142,34 @@ class Driver:
                 "every replica was lost again and again; see the reasons above. Often it is memory: lower --slots,"
                 " --kv-memory or --num-replicas. The same command resumes the job."
             )
+        now = self._runtime.now()
         for seat in self._seats:
-            seat.launch_if_due()
-        if time.monotonic() > self._warn_at and not any(seat.is_ready for seat in self._seats):
-            self._warn_at = time.monotonic() + _WAITING_SECONDS
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
+            seat.launch_if_due(now)
+        if now > self._warn_at and not any(seat.is_ready for seat in self._seats):
+            self._warn_at = now + _WAITING_SECONDS
+            free = self._runtime.free()
             log.info(
                 "no replica is ready yet: they load the model or wait for a place; free are %g CPUs and %g GPUs",
                 *(free.get("CPU", 0), free.get("GPU", 0)),
             )
 
     def _fill(self) -> None:
-        for seat in self._seats:
-            while seat.is_ready and len(seat.working) < self._config.in_flight:
-                if any(_is_suspect(work) for work in seat.working.values()):
-                    break
-                work = self._next(is_idle=not seat.working)
-                if work is None:
-                    break
-                self._assign(seat, work)
+        """Hand out shards, each to the seat that has fewest: none gets its second while another has none."""
+        most = self._config.in_flight
+        open_seats = [
+            (len(seat.working), seat.replica)
+            for seat in self._seats
+            if seat.is_ready and len(seat.working) < most and not any(map(_is_suspect, seat.working.values()))
+        ]
+        heapq.heapify(open_seats)
+        while open_seats:
+            count, replica = heapq.heappop(open_seats)
+            work = self._next(is_idle=count == 0)
+            if work is None:
+                continue  # what is left may be for idle seats alone
+            self._assign(self._seats[replica], work)
+            if count + 1 < most and not _is_suspect(work):
+                heapq.heappush(open_seats, (count + 1, replica))
 
     def _next(self, *, is_idle: bool) -> Work | None:
         """The next shard; one that is suspected to end replicas only for an idle seat, where it runs alone."""
@@ -173,22 +193,25 @@ class Driver:
         seat.assign(replace(work, tries=work.tries + 1), task)
 
     def _handle_events(self) -> None:
-        futures = [future for seat in self._seats for future in seat.futures()]
-        if not futures:
-            time.sleep(_TICK_SECONDS)
-            return
-        ray.wait(futures, timeout=_TICK_SECONDS, fetch_local=False)
-        self._settle_done()
+        if not self._settle(_TICK_SECONDS):
+            self._runtime.sleep(_TICK_SECONDS)
+        now = self._runtime.now()
         for seat in self._seats:
-            seat.poll()
+            seat.poll(now)
 
-    def _settle_done(self) -> None:
-        for seat in self._seats:
-            futures = seat.futures()
-            done, _ = ray.wait(futures, num_returns=len(futures), timeout=0) if futures else ([], [])
-            for future in done:
-                for event in seat.settle(future):
-                    self._handle(event)
+    def _settle(self, timeout: float) -> bool:
+        """Wait for what is under way, and take what has ended; False if nothing is under way."""
+        seats = {future: seat for seat in self._seats for future in seat.futures()}
+        for future in self._runtime.wait(list(seats), timeout) if seats else ():
+            for event in seats[future].settle(future):
+                self._handle(event)
+        return bool(seats)
+
+    def _report(self) -> None:
+        """Tell the watcher how far this run is; not at every event, since all seats are summed."""
+        if self._runtime.now() >= self._report_at:
+            self._report_at = self._runtime.now() + _TICK_SECONDS
+            self._watcher.progressed(self.stats)
 
     def _handle(self, event: Event) -> None:
         match event:

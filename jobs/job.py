@@ -130,13 +130,13 @@ class Job:
         return self._total.errors > self._config.max_error_rate * self._plan.num_output_rows
 
     def _drive(self, inputs: Inputs) -> None:
-        rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
-        in_flight = max(2, -(-2 * self._config.slots // rows_per_shard))
         with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
             placement = places.placement
             self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, str(self._output.absolute()))
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
+            num_replicas = min(placement.num_replicas, left)
+            in_flight = self._in_flight(-(-left // num_replicas))
             driver = Driver(
                 shards=open_shards(inputs, self._plan, frozenset(self._commits)),
                 commits=self._log,
@@ -154,7 +154,7 @@ class Job:
                 ),
                 watcher=self,
                 config=DriverConfig(
-                    num_replicas=min(placement.num_replicas, left),
+                    num_replicas=num_replicas,
                     in_flight=in_flight,
                     run=len(self._attempts),
                     schema=self._plan.schema.serialize().to_pybytes(),
@@ -165,6 +165,11 @@ class Job:
             self._events = driver.events
             for note in services.notes() if services is not None else ():
                 log.warning("%s", note)
+
+    def _in_flight(self, fair_share: int) -> int:
+        """Most shards a replica has: twice its slots, but not those that others could begin with."""
+        rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
+        return min(max(2, -(-2 * self._config.slots // rows_per_shard)), fair_share)
 
     def _finish(self, resumed: int, began: float) -> int:
         end = time.monotonic()

@@ -1,16 +1,14 @@
 """A seat: the place of one replica, in which Ray actors come and go.
 
-Turns Ray's futures into events, and knows which exceptions mean that an actor or its node is lost (to be replaced)
+Turns futures into events, and knows which exceptions mean that an actor or its node is lost (to be replaced)
 and which mean that the work itself failed (never repeated).
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
@@ -24,6 +22,7 @@ from ray.exceptions import (
 )
 
 from actors.rows import InputRow, ReplicaInfo, ShardResult, ShardStats, ShardTask
+from jobs.runtime import Runtime
 from jobs.suspects import Search
 from pipeline.errors import JobError, RasdError
 
@@ -39,7 +38,6 @@ LOST = (
 MAX_DEATHS = 5
 MAX_BACKOFF_SECONDS = 60.0
 STOP_SECONDS = 5.0
-POLL_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -99,16 +97,21 @@ class Seat:
     Args:
         replica: its ordinal.
         launch: makes an actor for that ordinal; called again after each loss.
+        runtime: where actors run.
+        poll_seconds: between two questions for its progress.
     """
 
-    def __init__(self, replica: int, launch: Callable[[int], Any]) -> None:
+    def __init__(self, replica: int, launch: Callable[[int], Any], runtime: Runtime, poll_seconds: float) -> None:
         self.replica = replica
         self.working: dict[Any, Work] = {}
         self.is_ready = False
         self._launch = launch
+        self._runtime = runtime
+        self._poll_seconds = poll_seconds
         self._actor: Any = None
         self._starting: Any = None
         self._polling: Any = None
+        self._stopping: Any = None
         self._deaths = 0
         self._launch_at = 0.0
         self._poll_at = 0.0
@@ -127,9 +130,9 @@ class Seat:
         newest = self._live if self._live.rows > self._settled.rows else self._settled
         return self._earlier + newest
 
-    def launch_if_due(self) -> None:
+    def launch_if_due(self, now: float) -> None:
         """Start an actor unless there is one, or it is too soon after a loss."""
-        if self._actor is None and not self.is_retired and time.monotonic() >= self._launch_at:
+        if self._actor is None and not self.is_retired and now >= self._launch_at:
             self._actor = self._launch(self.replica)
             self._starting = self._actor.start.remote()
 
@@ -137,10 +140,10 @@ class Seat:
         """Send a shard to the replica, which must be ready."""
         self.working[self._actor.run_shard.remote(task)] = work
 
-    def poll(self) -> None:
+    def poll(self, now: float) -> None:
         """Ask for progress, not too often; the answer arrives with `futures`."""
-        if self.is_ready and self._polling is None and time.monotonic() >= self._poll_at:
-            self._poll_at = time.monotonic() + POLL_SECONDS
+        if self.is_ready and self._polling is None and now >= self._poll_at:
+            self._poll_at = now + self._poll_seconds
             self._polling = self._actor.progress.remote()
 
     def futures(self) -> list[Any]:
@@ -157,7 +160,7 @@ class Seat:
         if future not in self.futures():
             return
         try:
-            value = ray.get(future)
+            value = self._runtime.get(future)
         except RayTaskError as error:
             raise _reason(error, self.replica) from error
         except LOST as error:
@@ -179,27 +182,32 @@ class Seat:
                 self._settled += value.stats
             yield Finished(work, value)
 
-    def stop(self) -> list[dict[str, Any]]:
-        """End the replica; an idle one may tidy up first, and tells the events of its rounds if they are traced."""
+    def ask_to_stop(self) -> None:
+        """Let an idle replica tidy up; `stop` takes its answer. Several are asked before the first is waited for."""
+        if self.is_ready and not self.working:
+            self._stopping = self._actor.stop.remote()
+
+    def stop(self, until: float) -> list[dict[str, Any]]:
+        """End the replica; the events of its rounds, if they are traced and it answers until then."""
         if self._actor is None:
             return []
         events: list[dict[str, Any]] = []
-        if self.is_ready and not self.working:
+        if self._stopping is not None:
             try:
-                events = ray.get(self._actor.stop.remote(), timeout=STOP_SECONDS) or []
+                events = self._runtime.get(self._stopping, timeout=max(0.0, until - self._runtime.now())) or []
             except RayError as error:
                 log.warning("replica %d did not stop in time: %s", self.replica, _first_line(error))
-        ray.kill(self._actor)
-        self._actor = None
+        self._runtime.kill(self._actor)
+        self._actor = self._stopping = None
         return events
 
     def _lose(self, error: Exception) -> Lost:
-        ray.kill(self._actor)
+        self._runtime.kill(self._actor)
         lost = Lost(tuple(self.working.values()), bool(getattr(error, "preempted", False)))
         if all(work.search is None for work in lost.work):  # who searches for a deadly row expects to lose replicas
             self._deaths += 1
         delay = min(MAX_BACKOFF_SECONDS, 2.0 ** (self._deaths - 1)) if self._deaths > 1 else 0.0
-        self._launch_at = time.monotonic() + delay
+        self._launch_at = self._runtime.now() + delay
         log.warning(
             "replica %d is lost (%s); %s",
             *(self.replica, _first_line(error), self._outlook(delay)),

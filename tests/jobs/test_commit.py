@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +64,18 @@ def test_part_file_is_sorted_typed_and_described(tmp_path: Path) -> None:
         samples_ok=3,
     )
     assert result.stats.tau == (24 - 3) / 12
+
+
+def test_statistics_add_up_in_every_field() -> None:
+    one = ShardStats(**{f.name: 1 for f in fields(ShardStats) if f.name != "accepted_by_source"})
+    one = replace(one, accepted_by_source={"context": 1, "live": 1})
+    other = replace(one, accepted_by_source={"context": 1, "draft": 1})
+    assert asdict(one + other) == {
+        **{f.name: 2 for f in fields(ShardStats)},
+        "accepted_by_source": {"context": 2, "live": 1, "draft": 1},
+    }
+    assert one.accepted_by_source == {"context": 1, "live": 1}
+    assert ShardStats() + one == one + ShardStats() == one
 
 
 def test_error_row_has_nulls_where_nothing_exists(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.backend import Launch
 from jobs.commit import read_commits
 from jobs.generation import generate
 from jobs.lease import Lease
@@ -87,6 +88,22 @@ def test_every_row_and_sample_comes_out_once(
     assert record["tau"] == (8 - 1) / 4
     names = {path.name for path in output.iterdir() if not path.name.startswith("part-")}
     assert names == {"plan.json", "report.json", "_commits", "_lease.lock"}
+
+
+class CountingBackend(FakeBackend):
+    """Notes how many calls each replica is asked to take at once."""
+
+    def launch(self, launch: Launch) -> Any:
+        self.concurrency = launch.concurrency
+        return super().launch(launch)
+
+
+def test_a_replica_gets_no_more_shards_at_once_than_its_share(tmp_path: Path, prompts: Path, cluster: str) -> None:
+    """64 slots could take 8 of these 5 shards: the first replica that was ready once took all, and the other idled."""
+    backend = CountingBackend()
+    more = ("--num-replicas", "2", "--slots", "64", "--rows-per-shard", "8")
+    assert run(prompts, tmp_path / "out", cluster, *more, backend=backend) == 0
+    assert backend.concurrency == 3 + 2, "three of five shards, and two calls beside them"
 
 
 def test_second_run_does_nothing_and_needs_no_cluster(
