@@ -17,12 +17,12 @@ from jobs.config import GenerateConfig
 from jobs.driver import Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
-from jobs.lease import Lease
 from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
 from jobs.shards import open_shards
 from jobs.signals import StopSignals
+from jobs.storage import PLAN, REPORT, HeldLease, Storage
 
 EXIT_ERROR_RATE = 3
 # progress and stop are answered beside the shards.
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """One run of the driver on one output directory; the `Watcher` of its driver.
+    """One run of the driver on one output; the `Watcher` of its driver.
 
     Args:
         lease: of `output`, held.
@@ -45,8 +45,8 @@ class Job:
         plan: Plan,
         facts: ModelFacts,
         retrieving: Retrieving,
-        output: Path,
-        lease: Lease,
+        output: Storage,
+        lease: HeldLease,
     ) -> None:
         self._config = config
         self._backend = backend
@@ -54,6 +54,7 @@ class Job:
         self._facts = facts
         self._retrieving = retrieving
         self._output = output
+        self._lease = lease
         self._log = CommitLog(output, lease)
         self._signals = StopSignals()
         self._commits: dict[int, Commit] = {}
@@ -168,13 +169,13 @@ class Job:
             "model": self._config.model,
             "method": self._retrieving.method,
             "dtype": self._plan.fingerprint["dtype"],
-            "output": str(self._output),
+            "output": self._output.where(),
         }
         if self._config.trace is not None and self._events:
             trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
             write_json(Path(self._config.trace).expanduser(), trace)
         record = job_record(state, self._total, self._run_stats, clock, facts)
-        write_json(self._output / "report.json", record)
+        self._output.write(REPORT, record)
         if is_done:
             self._log.finish()
         print_outcome(record, is_quiet=self._config.quiet)
@@ -199,4 +200,5 @@ class Job:
         }
 
     def _write_plan(self) -> None:
-        write_json(self._output / "plan.json", plan_record(self._plan, self._config, self._attempts))
+        with self._lease.held():
+            self._output.write(PLAN, plan_record(self._plan, self._config, self._attempts))
