@@ -8,6 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 EXTRA ?= $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 BIN := .venv/bin
+comma := ,
 INSTALLED := .venv/installed-$(EXTRA)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PACKAGES := pipeline actors datastore jobs
@@ -24,7 +25,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing rasd[$(EXTRA),dev] into .venv; the first time takes some minutes."
 	$(PIP_INSTALL) setuptools
-	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRA),dev]'
+	$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRA),dev$(if $(filter cpu,$(EXTRA)),$(comma)interpreter)]'
 	@touch $@
 
 demo: setup

@@ -48,7 +48,7 @@ class ShardTask:
 
     Attributes:
         attempt: counts the tries of this shard over the job's whole life; part of the part file's name.
-        part_path: absolute path of the part file to write, under OUTPUT/_tmp.
+        part_path: absolute path of the part file to write, under OUTPUT/_tmp, or its final URI on an object store.
         schema: the part file's pyarrow schema, serialised with `pyarrow.Schema.serialize`.
     """
 
@@ -111,7 +111,7 @@ class ShardStats:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """A finished shard: its part file is on disk, synced and readable.
+    """A finished shard: its part file is on disk, synced and readable, or on the object store.
 
     Attributes:
         rows, bytes, sha256: of the part file at `path`.

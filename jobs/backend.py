@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from jobs.cluster import Placement
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
+from jobs.storage import job_name
 
 if TYPE_CHECKING:
     from actors.replica_config import ReplicaConfig
@@ -186,7 +187,7 @@ def make_replica_config(
         prefill_chunk=config.prefill_chunk,
         trust_remote_code=config.trust_remote_code,
         replica=replica,
-        job=str(Path(config.output).expanduser().absolute()),
+        job=job_name(config.output),
         num_threads=num_threads,
         is_split=is_split,
         is_traced=config.trace is not None,

@@ -1,29 +1,29 @@
-"""The commit protocol of an output directory (design section 8).
+"""The commit protocol of an output (design section 8).
 
     OUTPUT/_tmp/SHARD.ATTEMPT.parquet   by a replica, complete and synced
     OUTPUT/part-000000.parquet          promoted by the driver that holds the lease
     OUTPUT/_commits/000000.json         written last, created only if absent
 
-A shard is done if and only if its commit record exists. Anything else is debris of a crash, and is removed.
+On an object store a part is put at its final key at once; see `jobs.object_storage`. A shard is done if and only if
+its commit record exists. Anything else is debris of a crash, and is removed.
 """
 
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from actors.object_store import Entry, sizes
 from actors.rows import ShardResult, ShardStats
-from jobs.files import create_json, read_json, writing
-from jobs.lease import Lease
-from pipeline.durable import fsync
+from jobs.storage import COMMITS, HeldLease, Storage, open_storage, parse_json, read_plan
 from pipeline.errors import InputError, JobError
 
-_PART = re.compile(r"part-(\d{6,})\.parquet")
-_DEBRIS = ("_tmp/*", "_commits/*.tmp", "_lease.*.tmp", "plan.json.*.tmp", "report.json.*.tmp")
-_COMMIT = re.compile(r"(\d{6,})\.json")
+_RECORD = re.compile(r"(\d{6,})\.json")
+_TRIES = 3
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +41,31 @@ class Commit:
     stats: ShardStats
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A committed part file, to be read; its `str` is what a person calls it."""
+
+    storage: Storage
+    key: str
+
+    def open(self) -> pa.NativeFile:
+        """Its bytes; raises OSError."""
+        return self.storage.open(self.key)
+
+    def __str__(self) -> str:
+        return self.storage.where(self.key)
+
+
 class CommitLog:
-    """The committed shards of one output directory.
+    """The committed shards of one output.
 
     Args:
-        output: the directory; created parts of the layout appear as needed.
+        output: its storage, or its directory; created parts of the layout appear as needed.
         lease: held by this driver; checked before every change.
     """
 
-    def __init__(self, output: Path, lease: Lease) -> None:
-        self._output = output
+    def __init__(self, output: Storage | Path, lease: HeldLease) -> None:
+        self._storage = open_storage(output)
         self._lease = lease
         self._commits: dict[int, Commit] = {}
 
@@ -61,21 +76,12 @@ class CommitLog:
             JobError: the lease is lost.
         """
         with self._lease.held():
-            for name in ("_tmp", "_commits"):
-                (self._output / name).mkdir(exist_ok=True)
-            self._commits = {commit.shard: commit for commit in self._intact_commits()}
-            kept = {commit.file for commit in self._commits.values()}
-            for path in self._output.iterdir():
-                if _PART.fullmatch(path.name) and path.name not in kept:
-                    path.unlink()
-            for pattern in _DEBRIS:
-                for path in self._output.glob(pattern):
-                    path.unlink()
+            self._storage.sweep(self._read_intact)
         return dict(self._commits)
 
-    def part_path(self, shard: int, attempt: int) -> Path:
+    def part_path(self, shard: int, attempt: int) -> str:
         """Where a replica writes this attempt at a shard."""
-        return (self._output / "_tmp" / f"{shard:06d}.{attempt:06d}.parquet").absolute()
+        return self._storage.part_path(shard, attempt)
 
     def commit(self, result: ShardResult) -> Commit:
         """Promote a finished part file and record it; a shard that is committed already stays as it is.
@@ -83,71 +89,83 @@ class CommitLog:
         Raises:
             JobError: the lease is lost, or the part file is not what the replica reported.
         """
-        source = Path(result.path)
         with self._lease.held():
             if (done := self._commits.get(result.shard)) is not None:
-                source.unlink(missing_ok=True)
+                self.discard(result)
                 return done
-            self._check(source, result)
             commit = Commit(
                 shard=result.shard,
-                file=f"part-{result.shard:06d}.parquet",
+                file=self._storage.promote(result),
                 rows=result.rows,
                 bytes=result.bytes,
                 sha256=result.sha256,
                 attempt=result.attempt,
                 stats=result.stats,
             )
-            with writing(self._output / commit.file):
-                source.replace(self._output / commit.file)
-                fsync(self._output)
-            create_json(record_path(self._output, result.shard), asdict(commit))
-        self._commits[result.shard] = commit
-        return commit
+            recorded = self._record(commit)
+            if recorded is not commit:
+                log.warning("shard %d was committed by another driver already; its rows stay", result.shard)
+                self.discard(result)
+        self._commits[result.shard] = recorded
+        return recorded
+
+    def discard(self, result: ShardResult) -> None:
+        """Remove a part file that is not to be committed; raises JobError."""
+        self._storage.discard(result.path)
 
     def finish(self) -> None:
-        """Remove the directory of temporary parts once every shard is committed."""
+        """Remove what is temporary once every shard is committed."""
         with self._lease.held():
-            shutil.rmtree(self._output / "_tmp", ignore_errors=True)
+            self._storage.finish(lambda: {commit.file for commit, _ in read_commits(self._storage) if commit})
 
-    def _check(self, source: Path, result: ShardResult) -> None:
-        try:
-            size = source.stat().st_size
-        except FileNotFoundError as error:
-            raise JobError(
-                f"part file {source} of shard {result.shard} is not visible to the driver. All nodes must see --output"
-                " at the same path: choose a directory on a shared file system."
-            ) from error
-        if size != result.bytes:
-            raise JobError(
-                f"part file {source} has {size} bytes, but its replica wrote {result.bytes}. Something else writes to"
-                " --output, or the file system loses data; run the same command again once that is mended."
-            )
+    def _record(self, commit: Commit) -> Commit:
+        """The commit that a shard has from now on: this one, or that of a driver that was quicker."""
+        key = record_key(commit.shard)
+        for _ in range(_TRIES):
+            if self._storage.create(key, asdict(commit)):
+                return commit
+            found = _parse(parse_json(self._storage.read(key)))
+            if found is not None and found.file != commit.file and self._storage.size(found.file) == found.bytes:
+                return found
+            # It names a part that is not there, see `jobs.object_storage`.
+            self._storage.retire(key)
+        raise JobError(
+            f"{self._storage.where(key)} is written by others all the time. Stop what else writes to --output; the"
+            " same command then resumes the job."
+        )
 
-    def _intact_commits(self) -> Iterator[Commit]:
-        for commit, path in read_commits(self._output):
-            part = self._output / commit.file if commit else None
-            if commit and part and part.exists() and part.stat().st_size == commit.bytes:
-                yield commit
-                continue
+    def _read_intact(self) -> set[str]:
+        """Take over the records whose part files are there; returns these files."""
+        self._commits = {}
+        found = sizes(self._storage.entries())
+        for commit, record in read_commits(self._storage):
+            if commit is not None:
+                size = found.get(commit.file)
+                if (self._storage.size(commit.file) if size is None else size) == commit.bytes:
+                    self._commits[commit.shard] = commit
+                    continue
             # Not made by a crash of ours (the record comes last): somebody removed or changed the file.
-            log.warning("the part file of %s is missing or changed; its shard will be generated again", path.name)
-            path.unlink()
+            log.warning("the part file of %s is missing or changed; its shard will be generated again", record.name)
+            self._storage.retire(f"{COMMITS}/{record.name}")
+        return {commit.file for commit in self._commits.values()}
 
 
-def record_path(output: Path, shard: int) -> Path:
+def record_key(shard: int) -> str:
     """Where a shard's commit record is, or will be."""
-    return output / "_commits" / f"{shard:06d}.json"
+    return f"{COMMITS}/{shard:06d}.json"
 
 
-def read_commits(output: Path) -> Iterator[tuple[Commit | None, Path]]:
-    """Each commit record of a directory in shard order, None if it is unreadable, with its path."""
-    paths = [path for path in (output / "_commits").glob("*.json") if _COMMIT.fullmatch(path.name)]
-    for path in sorted(paths, key=lambda path: int(path.stem)):
-        yield _parse(read_json(path)), path
+def read_commits(output: Storage | Path) -> Iterator[tuple[Commit | None, Entry]]:
+    """Each commit record of an output in shard order, None if it is unreadable, with its file."""
+    storage = open_storage(output)
+    records = [entry for entry in storage.entries(COMMITS) if _RECORD.fullmatch(entry.name)]
+    records.sort(key=lambda entry: int(entry.name.partition(".")[0]))
+    contents = storage.read_all(f"{COMMITS}/{entry.name}" for entry in records)
+    for entry, content in zip(records, contents, strict=True):
+        yield _parse(parse_json(content)), entry
 
 
-def committed_parts(output: Path, name: str) -> Iterator[Path]:
+def committed_parts(output: Storage, name: str) -> Iterator[StoredPart]:
     """The part files of a job's output in shard order, as another job reads them; of an unfinished job those it has.
 
     Args:
@@ -157,19 +175,19 @@ def committed_parts(output: Path, name: str) -> Iterator[Path]:
         InputError: a commit record is damaged, or a part file is not what it says.
     """
     commits = list(read_commits(output))
-    num_shards = int((read_json(output / "plan.json") or {}).get("num_shards", 0))
+    num_shards = int((read_plan(output) or {}).get("num_shards", 0))
     if len(commits) < num_shards:
         log.warning("%s is not finished: %d of %d shards are read", name, len(commits), num_shards)
     remedy = "Run the job's command again; it makes that shard anew."
-    for commit, path in commits:
+    found = sizes(output.entries())
+    for commit, record in commits:
         if commit is None:
-            raise InputError(f"{path} is damaged. {remedy}")
-        part = output / commit.file
-        size = part.stat().st_size if part.is_file() else None
+            raise InputError(f"{output.where(COMMITS)}/{record.name} is damaged. {remedy}")
+        size = found.get(commit.file)
         if size != commit.bytes:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise InputError(f"{part} {found}, its commit says {commit.bytes:,}. {remedy}")
-        yield part
+            problem = "is missing" if size is None else f"has {size:,} bytes"
+            raise InputError(f"{output.where(commit.file)} {problem}, its commit says {commit.bytes:,}. {remedy}")
+        yield StoredPart(output, commit.file)
 
 
 def _parse(record: dict[str, Any] | None) -> Commit | None:

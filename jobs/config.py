@@ -29,8 +29,9 @@ class GenerateConfig(Options):
     output: str = option(
         ...,
         "input and output",
-        "Directory for the part files, commits and report. The same command again resumes.",
-        wanted="a directory's path",
+        "Directory for the part files, commits and report, or a URI (s3://, gs://, az://). The same command again"
+        " resumes.",
+        wanted="a directory's path or a URI",
         metavar="DIR",
         min_length=1,
     )

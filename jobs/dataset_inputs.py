@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from jobs.commit import committed_parts
 from jobs.files import read_json, writing
+from jobs.storage import open_storage
 from pipeline.durable import fsync, replace_json
 from pipeline.errors import ConfigError, InputError
 
@@ -79,7 +80,8 @@ def read_outputs(output: str | Path) -> "Dataset":
     """
     import ray.data
 
-    paths = [str(path) for path in committed_parts(Path(output).expanduser().absolute(), str(output))]
+    storage = open_storage(Path(output).expanduser().absolute())
+    paths = [storage.where(part.key) for part in committed_parts(storage, str(output))]
     if not paths:
         raise InputError(f"{output} holds no committed rows. Run the job first.")
     return _in_order(ray.data.read_parquet(paths))

@@ -8,7 +8,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from actors.rows import InputRow, ReplicaInfo, ShardStats, ShardTask
@@ -187,7 +186,7 @@ class Driver:
             shard=work.shard,
             attempt=attempt,
             rows=work.rows,
-            part_path=str(self._commits.part_path(work.shard, attempt)),
+            part_path=self._commits.part_path(work.shard, attempt),
             schema=self._config.schema,
         )
         seat.assign(replace(work, tries=work.tries + 1), task)
@@ -218,7 +217,7 @@ class Driver:
             case Started(info):
                 self._watcher.started(info)
             case Finished(work, result) if work.search is not None:
-                Path(result.path).unlink(missing_ok=True)
+                self._commits.discard(result)
                 self._search_on(work, work.search, ended_replica=False)
             case Finished(_, result):
                 self._watcher.committed(self._commits.commit(result))

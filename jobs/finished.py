@@ -2,41 +2,48 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from actors.rows import ShardStats
 from jobs.commit import Commit, read_commits
-from jobs.files import read_json
 from jobs.options import Parser
 from jobs.plan import shard_rows
+from jobs.storage import Storage, open_storage, read_plan
 from pipeline.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class JobOutput:
-    """A job's output directory as it is now.
+    """A job's output as it is now.
 
     Attributes:
         plan: its plan.json.
         commits: by shard.
-        damaged: commit records that cannot be read.
+        committed_at: seconds since the epoch by shard, by the clock of where it is.
+        damaged: names of commit records that cannot be read.
     """
 
-    directory: Path
+    storage: Storage
     plan: Mapping[str, Any]
     commits: Mapping[int, Commit]
-    damaged: tuple[Path, ...]
+    committed_at: Mapping[int, float]
+    damaged: tuple[str, ...]
 
     @staticmethod
-    def read(directory: Path) -> "JobOutput":
-        """Raises InputError if it is no output of `rasd generate`."""
-        plan = read_json(directory / "plan.json")
+    def read(output: str) -> "JobOutput":
+        """Raises InputError if it is no output of `rasd generate`, ConfigError for a URI that cannot be used."""
+        storage = open_storage(output)
+        plan = read_plan(storage)
         if plan is None or "fingerprint" not in plan:
-            raise InputError(f"{directory} is no output of rasd generate: it has no plan.json of one.")
-        found = list(read_commits(directory))
-        commits = {commit.shard: commit for commit, _ in found if commit is not None}
-        return JobOutput(directory, plan, commits, tuple(path for commit, path in found if commit is None))
+            raise InputError(f"{output} is no output of rasd generate: it has no plan.json of one.")
+        found = list(read_commits(storage))
+        return JobOutput(
+            storage,
+            plan,
+            commits={commit.shard: commit for commit, _ in found if commit is not None},
+            committed_at={commit.shard: record.modified for commit, record in found if commit is not None},
+            damaged=tuple(record.name for commit, record in found if commit is None),
+        )
 
     @property
     def num_shards(self) -> int:
@@ -66,7 +73,7 @@ class JobOutput:
 
 
 def parser_for(command: str, usage: str, description: str, epilog: str) -> Parser:
-    """Of a command whose first argument is a job's output directory."""
+    """Of a command whose first argument is a job's output."""
     parser = Parser(prog=f"rasd {command}", usage=f"rasd {command} {usage}", description=description, epilog=epilog)
-    parser.add_argument("output", metavar="DIR", type=Path, help="the --output of rasd generate")
+    parser.add_argument("output", metavar="DIR", help="the --output of rasd generate, a directory or URI")
     return parser

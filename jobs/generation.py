@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from actors.object_store import is_uri
 from jobs.backend import Backend, Retrieving
 from jobs.commit import read_commits
 from jobs.config import GenerateConfig
 from jobs.dry_run import print_plan
-from jobs.files import read_json
 from jobs.inputs import open_inputs
 from jobs.job import Job
-from jobs.lease import Lease
 from jobs.plan import make_plan
+from jobs.storage import Storage, open_storage, read_plan
 from pipeline.errors import ConfigError
 from pipeline.methods import method_named
 
@@ -27,7 +27,7 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
     """
     began = time.monotonic()
     method_named(config.method)  # an unknown name is told before the inputs are read
-    output = output_directory(config.output)
+    output = open_output(config.output)
     _check_trace(config.trace)
     inputs = open_inputs(config.prompts, text_column=config.text_column)
     facts = backend.facts(config)
@@ -38,10 +38,11 @@ def generate(config: GenerateConfig, backend: Backend) -> int:
         print_plan(plan, config, method, backend.memory(config))
         return 0
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        lease = Lease(output)
+        output.prepare()
+        lease = output.lease()
     except OSError as error:
-        raise ConfigError(f"--output is {config.output!r}; it cannot be written: {error.strerror}.") from error
+        reason = error.strerror or error
+        raise ConfigError(f"--output is {config.output!r}; it cannot be written: {reason}.") from error
     with lease:
         # Planned again: until the lease was ours, another driver may have written a plan.
         recorded = _recorded_plan(output)
@@ -56,12 +57,23 @@ def _check_trace(name: str | None) -> None:
         raise ConfigError(f"--trace is {name!r}; its directory does not exist or cannot be written to. Choose another.")
 
 
-def output_directory(name: str) -> Path:
-    """Where `--output` is.
+def open_output(name: str) -> Storage:
+    """What `--output` of a generation job names.
 
     Raises:
-        ConfigError: it would be removed with the submitted job's working directory.
+        ConfigError: it would be removed with the submitted job's working directory, or is a URI that cannot be used.
     """
+    return open_storage(name if is_uri(name) else output_directory(name))
+
+
+def output_directory(name: str) -> Path:
+    """Where an `--output` is that can only be a directory.
+
+    Raises:
+        ConfigError: it would be removed with the submitted job's working directory, or is a URI.
+    """
+    if is_uri(name):
+        raise ConfigError(f"--output is {name!r}; this command writes to a directory. Give one that all nodes see.")
     output = Path(name).expanduser()
     # Set by Ray's job server, which runs the command in a temporary copy of the submitted directory.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not output.is_absolute():
@@ -72,30 +84,29 @@ def output_directory(name: str) -> Path:
     return output
 
 
-def _recorded_plan(output: Path) -> dict[str, Any] | None:
-    """The plan of a directory that is to be resumed; None for a new or empty one.
+def _recorded_plan(output: Storage) -> dict[str, Any] | None:
+    """The plan of an output that is to be resumed; None for a new or empty one.
 
     Raises:
-        ConfigError: the directory is something else.
+        ConfigError: it holds something else, or cannot be read.
     """
     try:
-        names = {path.name for path in output.iterdir()} if output.exists() else set()
+        names = output.names()
     except OSError as error:
-        raise ConfigError(
-            f"--output is {str(output)!r}; it is no directory that can be read: {error.strerror}."
-        ) from error
-    plan = read_json(output / "plan.json")
+        reason = error.strerror or error
+        raise ConfigError(f"--output is {output.where()!r}; it is no directory that can be read: {reason}.") from error
+    plan = read_plan(output)
     if plan is not None and "fingerprint" in plan:
         return plan
     strange = sorted(name for name in names if not name.startswith(("_lease", "plan.json.")))
     if strange:
         raise ConfigError(
-            f"--output is {str(output)!r}; it holds {strange[0]!r} but no plan of this program. Choose a new or empty"
-            " directory."
+            f"--output is {output.where()!r}; it holds {strange[0]!r} but no plan of this program. Choose a new or"
+            " empty directory."
         )
     return None
 
 
-def _binding(recorded: Mapping[str, Any] | None, output: Path) -> Mapping[str, Any] | None:
+def _binding(recorded: Mapping[str, Any] | None, output: Storage) -> Mapping[str, Any] | None:
     """A recorded plan binds once there is output made by it; before, a mistaken option can simply be corrected."""
     return recorded if any(commit for commit, _ in read_commits(output)) else None

@@ -102,7 +102,7 @@ def finish(config: TrainConfig, record: dict[str, Any]) -> None:
 def _examples(config: TrainConfig, output: Path, resolved: ResolvedModel) -> tuple[list[Example], list[Example]]:
     """To learn from, and held out. Documents are only learned from, unless there are no answers."""
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
-    jobs = [*([output / "answers"] if config.prompts else []), *map(Path, config.answers)]
+    jobs = [*([str(output / "answers")] if config.prompts else []), *config.answers]
     answers = [example for job in jobs for example in read_examples(job, tokenizer)]
     documents: list[Example] = []
     if config.corpus:

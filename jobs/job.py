@@ -18,13 +18,13 @@ from jobs.config import GenerateConfig
 from jobs.driver import Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
-from jobs.lease import Lease
 from jobs.places import Places
 from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
 from jobs.shards import open_shards
 from jobs.signals import StopSignals
+from jobs.storage import PLAN, REPORT, HeldLease, Storage, job_name
 
 EXIT_ERROR_RATE = 3
 # progress and stop are answered beside the shards.
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """One run of the driver on one output directory; the `Watcher` of its driver.
+    """One run of the driver on one output; the `Watcher` of its driver.
 
     Args:
         lease: of `output`, held.
@@ -47,8 +47,8 @@ class Job:
         plan: Plan,
         facts: ModelFacts,
         retrieving: Retrieving,
-        output: Path,
-        lease: Lease,
+        output: Storage,
+        lease: HeldLease,
     ) -> None:
         self._config = config
         self._backend = backend
@@ -56,6 +56,7 @@ class Job:
         self._facts = facts
         self._retrieving = retrieving
         self._output = output
+        self._lease = lease
         self._log = CommitLog(output, lease)
         self._signals = StopSignals()
         self._commits: dict[int, Commit] = {}
@@ -132,7 +133,7 @@ class Job:
     def _drive(self, inputs: Inputs) -> None:
         with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
             placement = places.placement
-            self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, str(self._output.absolute()))
+            self._metrics = JobMetrics(self._plan.num_shards, self._retrieving.method, job_name(self._config.output))
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             num_replicas = min(placement.num_replicas, left)
@@ -189,13 +190,13 @@ class Job:
             "model": self._config.model,
             "method": self._retrieving.method,
             "dtype": self._plan.fingerprint["dtype"],
-            "output": str(self._output),
+            "output": self._output.where(),
         }
         if self._config.trace is not None and self._events:
             trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
             write_json(Path(self._config.trace).expanduser(), trace)
         record = job_record(state, self._total, self._run_stats, clock, facts)
-        write_json(self._output / "report.json", record)
+        self._output.write(REPORT, record)
         if is_done:
             self._log.finish()
         print_outcome(record, is_quiet=self._config.quiet)
@@ -220,4 +221,5 @@ class Job:
         }
 
     def _write_plan(self) -> None:
-        write_json(self._output / "plan.json", plan_record(self._plan, self._config, self._attempts))
+        with self._lease.held():
+            self._output.write(PLAN, plan_record(self._plan, self._config, self._attempts))

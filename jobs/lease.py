@@ -44,7 +44,7 @@ class Lease:
         self._stopped = threading.Event()
         with self._locked():
             self._refuse_live_holder()
-            write_json(self._path, {"token": self._token, **_identity(), "time": time.time()})
+            write_json(self._path, {"token": self._token, **identity(), "time": time.time()})
         self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
         self._heart.start()
 
@@ -68,7 +68,7 @@ class Lease:
         with self._locked():
             if not self._is_ours():
                 raise JobError(
-                    f"the lease {self._path} was taken over by {_named(read_json(self._path))}, because this driver"
+                    f"the lease {self._path} was taken over by {named(read_json(self._path))}, because this driver"
                     f" gave no sign of life for {STALE_SECONDS:.0f} s. That job goes on; this one stops."
                 )
             yield
@@ -102,12 +102,12 @@ class Lease:
         if holder is None:
             return
         age = self._age()
-        if age < STALE_SECONDS and not _is_gone(holder):
+        if age < STALE_SECONDS and not is_gone(holder):
             raise ConfigError(
-                f"--output {self._path.parent} is in use by {_named(holder)}, last heard of {age:.0f} s ago."
+                f"--output {self._path.parent} is in use by {named(holder)}, last heard of {age:.0f} s ago."
                 " Wait for it, stop it, or choose another --output."
             )
-        log.warning("taking over from %s, which is gone", _named(holder))
+        log.warning("taking over from %s, which is gone", named(holder))
 
     def _age(self) -> float:
         # Both times come from the file system's clock: other hosts' clocks may differ from ours.
@@ -128,20 +128,22 @@ def live_holder(output: Path) -> str | None:
     Of a driver on another host its heartbeat counts, by this host's clock.
     """
     holder = read_json(output / "_lease")
-    if holder is None or _is_gone(holder):
+    if holder is None or is_gone(holder):
         return None
     try:
         age = time.time() - (output / "_lease").stat().st_mtime
     except FileNotFoundError:
         return None
-    return _named(holder) if age < STALE_SECONDS else None
+    return named(holder) if age < STALE_SECONDS else None
 
 
-def _identity() -> dict[str, Any]:
+def identity() -> dict[str, Any]:
+    """What tells this process from any other."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 
 
-def _named(holder: Mapping[str, Any] | None) -> str:
+def named(holder: Mapping[str, Any] | None) -> str:
+    """A holder, for people."""
     return f"process {holder.get('pid')} on {holder.get('host')}" if holder else "another process"
 
 
@@ -156,5 +158,6 @@ def _start_of(pid: int) -> str | None:
     return None if state in "ZX" else f"{boot}:{fields[18]}"
 
 
-def _is_gone(holder: Mapping[str, Any]) -> bool:
+def is_gone(holder: Mapping[str, Any]) -> bool:
+    """Whether a holder was a process of this host that is no more."""
     return holder.get("host") == socket.gethostname() and _start_of(int(holder["pid"])) != holder.get("started")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.commit import committed_parts
+from jobs.commit import StoredPart, committed_parts
 from jobs.files import writing
 from jobs.finished import JobOutput, parser_for
 from pipeline.durable import fsync
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     return merge(known.output, known.file, is_partial=known.partial)
 
 
-def merge(directory: Path, file: Path, *, is_partial: bool = False) -> int:
+def merge(directory: str, file: Path, *, is_partial: bool = False) -> int:
     """Write `file`, whole or not at all, one part in memory at a time; prints a JSON record.
 
     Raises:
@@ -48,7 +48,7 @@ def merge(directory: Path, file: Path, *, is_partial: bool = False) -> int:
             f"{directory} is not finished: {len(output.commits)} of {output.num_shards} shards are done. Run the job's"
             " command again, or give --partial for what there is."
         )
-    parts = committed_parts(directory, str(directory))
+    parts = committed_parts(output.storage, directory)
     temporary = file.with_name(file.name + ".tmp")
     with writing(file):
         try:
@@ -62,7 +62,7 @@ def merge(directory: Path, file: Path, *, is_partial: bool = False) -> int:
     return 0
 
 
-def _parquet(parts: Iterator[Path], file: Path) -> int:
+def _parquet(parts: Iterator[StoredPart], file: Path) -> int:
     rows = 0
     writer: pq.ParquetWriter | None = None
     try:
@@ -79,7 +79,7 @@ def _parquet(parts: Iterator[Path], file: Path) -> int:
     return rows
 
 
-def _jsonl(parts: Iterator[Path], file: Path) -> int:
+def _jsonl(parts: Iterator[StoredPart], file: Path) -> int:
     rows = 0
     with file.open("w", encoding="utf-8") as lines:
         for part in parts:
@@ -89,9 +89,10 @@ def _jsonl(parts: Iterator[Path], file: Path) -> int:
     return rows
 
 
-def _read(part: Path) -> pa.Table:
+def _read(part: StoredPart) -> pa.Table:
     try:
-        return pq.read_table(part)
+        with part.open() as file:
+            return pq.read_table(file)
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(
             f"{part} cannot be read: {error}. Run the job's command again; it makes the shard anew."

@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from actors.rows import ShardStats
 from jobs.commit import Commit
+from jobs.storage import Storage
 
 _TABLE = (
     ("state", "state"),
@@ -36,12 +36,13 @@ class Clock:
     generating: float
 
 
-def error_types(output: Path, commits: Iterable[Commit]) -> dict[str, int]:
+def error_types(output: Storage, commits: Iterable[Commit]) -> dict[str, int]:
     """Committed error rows by type, most frequent first."""
     counts: Counter[str] = Counter()
     for commit in commits:
         if commit.stats.errors:
-            column = pq.read_table(output / commit.file, columns=["error_type"]).column(0)
+            with output.open(commit.file) as file:
+                column = pq.read_table(file, columns=["error_type"]).column(0)
             counts.update(value for value in column.to_pylist() if value is not None)
     return dict(counts.most_common())
 

@@ -25,11 +25,12 @@ from datastore import Datastore, LiveStore
 from jobs.backend import SHIPPED
 from jobs.commit import committed_parts
 from jobs.facts import has_draft, model_facts
-from jobs.files import read_json, writing
+from jobs.files import writing
 from jobs.options import Parser, add_options, build_config
 from jobs.plan import ModelFacts
 from jobs.readers.stream import reading
 from jobs.simulate_config import SimulateConfig
+from jobs.storage import open_storage, read_plan
 from jobs.training_data import check_answers, prompt_ids
 from pipeline.assemble import EngineOptions
 from pipeline.digests import files_sha256
@@ -171,21 +172,21 @@ def summary(done: Sequence[Generation]) -> dict[str, Any]:
 
 def rows_of(config: SimulateConfig, facts: ModelFacts) -> tuple[list[Row], SamplingParams]:
     """The rows to play, and how they were sampled."""
-    output = Path(config.answers)
-    check_answers(output, facts.weights)
+    output = open_storage(config.answers)
+    check_answers(config.answers, facts.weights)
     resolved = resolve_model(config.model, config.revision)
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
     rows: list[Row] = []
-    for part in committed_parts(output, str(output)):
-        with reading(part):
-            found = pq.read_table(part).to_pylist()
+    for part in committed_parts(output, config.answers):
+        with reading(str(part)), part.open() as file:
+            found = pq.read_table(file).to_pylist()
         for row in found:
             if row["status"] == "ok" and len(row["token_ids"]) > 1:
                 rows.append(_row(row, tokenizer))
     if not rows:
-        raise InputError(f"--answers {output} has no good row of two or more tokens; there is nothing to play.")
+        raise InputError(f"--answers {config.answers} has no good row of two or more tokens; there is nothing to play.")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(config.num_rows, len(rows))).round().astype(int))
-    plan = read_json(output / "plan.json")
+    plan = read_plan(output)
     assert plan is not None  # checked above
     return [rows[i] for i in chosen], _sampling(plan["fingerprint"])
 

@@ -4,12 +4,9 @@ import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from jobs.commit import record_path
 from jobs.finished import JobOutput, parser_for
-from jobs.lease import live_holder
 from jobs.report import print_table
 
 _WINDOW_SECONDS = 600.0
@@ -23,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     return status(parser.parse_args(arguments).output)
 
 
-def status(directory: Path) -> int:
+def status(directory: str) -> int:
     """Print a table, and as the last line a JSON record.
 
     Raises:
@@ -48,15 +45,15 @@ def status(directory: Path) -> int:
         lines.append(("rows/s lately", f"{record['rows_per_second']:,.1f}"))
     if record["seconds_left"] is not None:
         lines.append(("left at that rate", _duration(record["seconds_left"])))
-    for path in output.damaged:
-        lines.append(("damaged", f"{path.name}; its shard will be generated again"))
+    for name in output.damaged:
+        lines.append(("damaged", f"{name}; its shard will be generated again"))
     print_table(lines)
     print(json.dumps(record), flush=True)
     return 0
 
 
 def _record(output: JobOutput) -> dict[str, Any]:
-    holder = live_holder(output.directory)
+    holder = output.storage.holder()
     state = "running" if holder else "done" if output.is_complete else "stopped"
     stats = output.stats
     rate = _rate(output) if holder else 0.0
@@ -75,7 +72,7 @@ def _record(output: JobOutput) -> dict[str, Any]:
         "rows_per_second": round(rate, 3),
         "seconds_left": round(left / rate, 1) if rate and left else None,
         "runs": len(output.plan["attempts"]),
-        "damaged": [path.name for path in output.damaged],
+        "damaged": list(output.damaged),
     }
 
 
@@ -84,11 +81,7 @@ def _rate(output: JobOutput) -> float:
     now = time.time()
     began = datetime.strptime(output.plan["attempts"][-1]["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
     since = max(began, now - _WINDOW_SECONDS)
-    rows = 0
-    for shard, commit in output.commits.items():
-        record = record_path(output.directory, shard)
-        if record.exists() and record.stat().st_mtime >= since:
-            rows += commit.rows
+    rows = sum(commit.rows for shard, commit in output.commits.items() if output.committed_at[shard] >= since)
     return rows / (now - since) if now > since else 0.0
 
 

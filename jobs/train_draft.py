@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> int:
     resolved = resolve_model(config.model, config.revision)
     config = _anywhere(config, output, resolved)
     for answers in config.answers:
-        check_answers(Path(answers), resolved.hash)
+        check_answers(answers, resolved.hash)
     if config.initial is not None:
         check_target(Path(config.initial), resolved.hash)
     with writing(output):

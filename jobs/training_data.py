@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from jobs.commit import committed_parts
+from actors.object_store import is_uri
+from jobs.commit import StoredPart, committed_parts
 from jobs.corpus.corpus import open_corpus
 from jobs.corpus.digest_set import DigestSet
 from jobs.corpus.document import TOKEN_ID, Document
 from jobs.corpus.generations import PREFIX
-from jobs.files import read_json
 from jobs.readers.stream import reading
+from jobs.storage import open_storage, read_plan
 from pipeline.errors import InputError
 from pipeline.models import tokenizer_hash
 from pipeline.prompts import encode_messages, encode_prompt
@@ -27,21 +28,24 @@ _MIN_OUTPUT = 2
 def absolute(spec: str) -> str:
     """What a user named, so that it means the same in another working directory; names of data sets stay."""
     prefix = PREFIX if spec.startswith(PREFIX) else ""
+    if is_uri(spec.removeprefix(prefix)):
+        return spec
     path = Path(spec.removeprefix(prefix)).expanduser()
     is_local = bool(prefix) or path.exists() or any(sign in spec for sign in "*?[")
     return prefix + str(path.absolute()) if is_local else spec
 
 
-def read_examples(output: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def read_examples(output: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """All good rows of a job with at least two output tokens, in order; of an unfinished job those that there are.
 
     Raises:
         InputError: a part file or commit record cannot be read.
     """
-    return [example for part in committed_parts(output, str(output)) for example in _examples(part, tokenizer)]
+    parts = committed_parts(open_storage(output), output)
+    return [example for part in parts for example in _examples(part, tokenizer)]
 
 
-def check_answers(output: Path, target: str) -> None:
+def check_answers(output: str, target: str) -> None:
     """Refuses outputs that are not this target's own.
 
     Args:
@@ -50,7 +54,7 @@ def check_answers(output: Path, target: str) -> None:
     Raises:
         InputError: it is no output of a job, or of another model.
     """
-    plan = read_json(output / "plan.json") if output.is_dir() else None
+    plan = read_plan(open_storage(output))
     found = (plan or {}).get("fingerprint", {}).get("weights")
     if found is None:
         raise InputError(
@@ -92,10 +96,10 @@ def _token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> np.nda
     return np.array(tokenizer(document.content.decode(), verbose=False)["input_ids"], np.int32)
 
 
-def _examples(part: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
-    with reading(part):
-        names = set(pq.read_schema(part).names)
-        rows = pq.read_table(part, columns=[name for name in _COLUMNS if name in names]).to_pylist()
+def _examples(part: StoredPart, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    with reading(str(part)), part.open() as source, pq.ParquetFile(source) as file:
+        names = set(file.schema_arrow.names)
+        rows = file.read(columns=[name for name in _COLUMNS if name in names]).to_pylist()
     for row in rows:
         if row["status"] != "ok" or len(row["token_ids"]) < _MIN_OUTPUT:
             continue

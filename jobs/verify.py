@@ -1,16 +1,19 @@
 """`rasd verify DIR`: whether every row of a job is there exactly once and every byte as it was committed."""
 
+import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.object_store import sizes
 from jobs.commit import Commit
 from jobs.finished import JobOutput, parser_for
-from pipeline.digests import file_sha256
+from jobs.storage import COMMITS
 
 _MOST_SHOWN = 20
 
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
     return verify(parser.parse_args(arguments).output)
 
 
-def verify(directory: Path) -> int:
+def verify(directory: str) -> int:
     """Print a line for each problem, and as the last line a JSON record.
 
     Raises:
@@ -52,33 +55,36 @@ def verify(directory: Path) -> int:
 
 
 def _problems(output: JobOutput) -> Iterator[str]:
-    for path in output.damaged:
-        yield f"{path}: the commit record cannot be read"
+    where = output.storage.where
+    for name in output.damaged:
+        yield f"{where(COMMITS)}/{name}: the commit record cannot be read"
     missing = [shard for shard in range(output.num_shards) if shard not in output.commits]
     if missing:
         yield f"{len(missing)} of {output.num_shards} shards are not there, shard {missing[0]} first"
     for shard in sorted(set(output.commits) - set(range(output.num_shards))):
-        yield f"{output.directory / output.commits[shard].file}: the plan has no shard {shard}"
+        yield f"{where(output.commits[shard].file)}: the plan has no shard {shard}"
     named = {commit.file for commit in output.commits.values()}
-    for path in sorted(output.directory.glob("part-*")):
-        if path.name not in named:
-            yield f"{path}: no commit names it, so readers of part-*.parquet would see rows twice or unfinished"
+    found = sizes(output.storage.entries())
+    for name in found:
+        if name.startswith("part-") and name not in named:
+            yield f"{where(name)}: no commit names it, so readers of part-*.parquet would see rows twice or unfinished"
     for shard, commit in sorted(output.commits.items()):
         if shard < output.num_shards:
-            yield from (f"{output.directory / commit.file}: {problem}" for problem in _part_problems(output, commit))
+            size = found.get(commit.file)
+            yield from (f"{where(commit.file)}: {problem}" for problem in _part_problems(output, commit, size))
 
 
-def _part_problems(output: JobOutput, commit: Commit) -> Iterator[str]:
-    path = output.directory / commit.file
+def _part_problems(output: JobOutput, commit: Commit, size: int | None) -> Iterator[str]:
+    if size is not None and size != commit.bytes:
+        yield f"{size:,} bytes, its commit says {commit.bytes:,}"
+        return
     try:
-        size = path.stat().st_size
-        if size != commit.bytes:
-            yield f"{size:,} bytes, its commit says {commit.bytes:,}"
-            return
-        if file_sha256(path) != commit.sha256:
-            yield "its bytes are not those that were committed (sha256)"
-            return
-        table = pq.read_table(path)
+        with output.storage.open(commit.file) as file:
+            if hashlib.file_digest(cast(io.BufferedIOBase, file), "sha256").hexdigest() != commit.sha256:
+                yield "its bytes are not those that were committed (sha256)"
+                return
+            file.seek(0)
+            table = pq.read_table(file)
     except (OSError, pa.ArrowInvalid) as error:
         yield f"cannot be read: {error}"
         return

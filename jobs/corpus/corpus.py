@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -106,6 +105,6 @@ def open_corpus(
     return Corpus(
         [
             *(RowSource(reader, column, render) for reader in readers),
-            *(GenerationSource(Path(job).expanduser(), tokenizer_hash) for job in jobs),
+            *(GenerationSource(job, tokenizer_hash) for job in jobs),
         ]
     )

@@ -2,15 +2,14 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from actors.rows import RowFailure
-from jobs.commit import committed_parts
+from jobs.commit import StoredPart, committed_parts
 from jobs.corpus.document import Document, token_document
-from jobs.files import read_json
 from jobs.readers.stream import reading
+from jobs.storage import open_storage, read_plan
 from pipeline.errors import DatastoreError, InputError
 
 PREFIX = "generations:"
@@ -25,22 +24,24 @@ class GenerationSource:
     """Outputs of one generation job.
 
     Args:
-        directory: the job's `--output`.
+        output: the job's `--output`, a directory or URI.
         tokenizer: hash of the tokenizer that the datastore is for.
 
     Raises:
         InputError: it is no output of a job.
+        ConfigError: a URI that cannot be used.
         DatastoreError: the job's tokenizer is another one.
     """
 
-    def __init__(self, directory: Path, tokenizer: str) -> None:
-        self.name = f"{PREFIX}{directory}"
-        self._directory = directory
-        plan = read_json(directory / "plan.json") or {}
+    def __init__(self, output: str, tokenizer: str) -> None:
+        self._storage = open_storage(output)
+        self.name = f"{PREFIX}{self._storage.where()}"
+        plan = read_plan(self._storage) or {}
         found = plan.get("fingerprint", {}).get("tokenizer")
         if found is None:
             raise InputError(
-                f"{directory} is no output of `rasd generate`: it holds no plan.json of one. Give the job's --output."
+                f"{self._storage.where()} is no output of `rasd generate`: it holds no plan.json of one. Give the job's"
+                " --output."
             )
         if found != tokenizer:
             raise DatastoreError(
@@ -51,11 +52,11 @@ class GenerationSource:
 
     def documents(self) -> Iterator[Document | RowFailure]:
         """See `Source.documents`; in the order of the job's rows."""
-        for part in committed_parts(self._directory, self.name):
+        for part in committed_parts(self._storage, self.name):
             yield from self._shard(part)
 
-    def _shard(self, part: Path) -> Iterator[Document | RowFailure]:
-        with reading(part), pq.ParquetFile(part) as file:
+    def _shard(self, part: StoredPart) -> Iterator[Document | RowFailure]:
+        with reading(str(part)), part.open() as source, pq.ParquetFile(source) as file:
             for batch in file.iter_batches(_BATCH_ROWS, columns=_COLUMNS, use_threads=False):
                 columns = [batch.column(name).to_pylist() for name in _COLUMNS[:3]]
                 for (row_id, sample, status), ids in zip(zip(*columns, strict=True), batch["token_ids"], strict=True):
