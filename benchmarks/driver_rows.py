@@ -29,7 +29,7 @@ import psutil
 from benchmarks.common import report
 from benchmarks.timed_replica import NotingReplica, SteadySeconds
 from jobs.backend import Launch, Retrieving
-from jobs.commit import record_path
+from jobs.commit import record_key
 from jobs.config import GenerateConfig
 from jobs.generation import generate
 from jobs.plan import ModelFacts
@@ -104,7 +104,7 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         ("resume_end", range(num_shards - lost, num_shards)),
     ):
         for shard in shards:
-            record_path(output, shard).unlink()
+            (output / record_key(shard)).unlink()
             (output / f"part-{shard:06d}.parquet").unlink()
         results[name] = _apart(config, options.shard_seconds, directory)
         if len(os.listdir(output / "_commits")) != num_shards:
