@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.object_store import ObjectStore, is_uri, open_store
+
 log = logging.getLogger(__name__)
 
 
@@ -19,20 +21,34 @@ def committed_outputs(output: str, max_tokens: int) -> list[np.ndarray]:
     """
     found: list[list[np.ndarray]] = []
     total = 0
-    for path in _newest_parts(Path(output)):
-        if total >= max_tokens:
-            break
-        try:
-            column = pq.read_table(path, columns=["token_ids"])["token_ids"]
-        except (OSError, KeyError, pa.ArrowException) as error:
-            log.warning("the live store starts without %s: %s", path.name, error)
-            continue
-        found.append([np.asarray(row.values, np.int32) for row in column if row.is_valid])
-        total += sum(map(len, found[-1]))
+    try:
+        parts = iter(_newest_objects(open_store(output)) if is_uri(output) else _newest_parts(Path(output)))
+        for name, source in parts:
+            if total >= max_tokens:
+                break
+            try:
+                column = pq.read_table(source, columns=["token_ids"])["token_ids"]
+            except (OSError, KeyError, pa.ArrowException) as error:
+                log.warning("the live store starts without %s: %s", name, error)
+                continue
+            found.append([np.asarray(row.values, np.int32) for row in column if row.is_valid])
+            total += sum(map(len, found[-1]))
+    except OSError as error:
+        log.warning("the live store starts without more of %s: %s", output, error)
     return [sequence for part in reversed(found) for sequence in part]
 
 
-def _newest_parts(output: Path) -> Iterator[Path]:
+def _newest_objects(store: ObjectStore) -> Iterator[tuple[str, pa.BufferReader]]:
+    """Parts on an object store that commit records name, the last committed first."""
+    for record in sorted(store.entries("_commits"), key=lambda entry: -entry.modified):
+        found = store.read(f"_commits/{record.name}")
+        name = json.loads(found.data)["file"] if found is not None else None
+        part = store.read(name) if name is not None else None
+        if name is not None and part is not None:
+            yield name, pa.BufferReader(part.data)
+
+
+def _newest_parts(output: Path) -> Iterator[tuple[str, Path]]:
     """Part files that commit records name, the last committed first."""
     records: list[tuple[float, Path]] = []
     for record in (output / "_commits").glob("*.json"):
@@ -40,4 +56,4 @@ def _newest_parts(output: Path) -> Iterator[Path]:
             records.append((record.stat().st_mtime, output / json.loads(record.read_text(encoding="utf-8"))["file"]))
         except (OSError, ValueError, KeyError):
             continue  # being written or removed
-    return (path for _, path in sorted(records, reverse=True))
+    return ((path.name, path) for _, path in sorted(records, reverse=True))

@@ -61,7 +61,7 @@ JOB_METRICS = (
     MetricSpec("rasd_shards", "gauge", "Shards of the job.", JOB_TAGS),
     MetricSpec("rasd_shards_committed", "counter", "Shards this run of the driver has committed.", JOB_TAGS),
     MetricSpec("rasd_rows_committed", "counter", "Output rows in them.", JOB_TAGS),
-    MetricSpec("rasd_replica_restarts", "counter", "Actors started in place of lost ones.", REPLICA_TAGS),
+    MetricSpec("rasd_replica_restarts", "counter", "Times a replica was ready again after a loss.", REPLICA_TAGS),
 )
 
 
@@ -88,7 +88,7 @@ class ReplicaMetrics:
 
     Args:
         replica: its ordinal.
-        job: absolute path of the job's output directory.
+        job: absolute path, or URI, of the job's output.
     """
 
     def __init__(self, replica: int, method: str, job: str) -> None:

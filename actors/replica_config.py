@@ -18,7 +18,7 @@ class ReplicaConfig:
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
         draft: model, or directory of a head, for the source `draft`; None is the head shipped for the target.
         retrieval: where the others are; None if the method needs none of them.
-        job: absolute path of the job's output directory; names the job in metrics.
+        job: absolute path, or URI, of the job's output; names the job in metrics.
         num_threads: CPU threads of torch and numba; None leaves their default.
         is_split: spread the target's layers over all GPUs that the process sees.
         is_traced: keep the times of the newest rounds' phases, which `stop` returns.

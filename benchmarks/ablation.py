@@ -1,13 +1,13 @@
 """What each part of `rasd` is worth: tuned budgets played over a recording, one part missing at a time.
 
-    python -m benchmarks.ablation --answers ANSWERS --recording R.npz --num-rows 140 --datastore STORE
+    python -m benchmarks.ablation --answers ANSWERS --recording R.npz --num-rows 140 --datastore STORE [--passages 4]
 
 Answers and recording are those of `rasd simulate`. Times are those of the machine that recorded, without prefill and
 bookkeeping, so retrieval in series, which costs neither, is not among the parts; see tests/pipeline/test_parallel.py.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.common import report
 from datastore import Datastore
 from jobs.facts import model_facts
-from jobs.simulate import play, rows_of
+from jobs.simulate import passages_for, play, rows_of
 from jobs.simulate_config import SimulateConfig
 from pipeline.methods import METHODS, Method, method_named
 from pipeline.pace import FullPace, Pace
@@ -51,6 +51,7 @@ def main() -> None:
     arguments.add_argument("--recording", type=Path, required=True)
     arguments.add_argument("--num-rows", type=int, default=64)
     arguments.add_argument("--datastore")
+    arguments.add_argument("--passages", type=int, default=0, help="of each prompt; needs a datastore with passages")
     arguments.add_argument("--slots", type=int, nargs="+", default=[1, 16])
     arguments.add_argument("--output", type=Path)
     options = arguments.parse_args()
@@ -59,12 +60,16 @@ def main() -> None:
     )
     rows, _ = rows_of(config, model_facts(config))
     recording = Recording.load(options.recording)
-    store = Datastore.open(options.datastore, dense=False) if options.datastore else None
+    store = Datastore.open(options.datastore, dense=options.passages > 0) if options.datastore else None
+    passages = [()] * len(rows)
+    if store is not None and options.passages:
+        passages = passages_for(rows, store, options.passages, recording.vocab_size)
+    provided = {"draft", "live"} | ({"corpus"} if store else set()) | ({"passages"} if options.passages else set())
     results: dict[str, Any] = {}
     for slots in options.slots:
         played = {
-            name: play(recording, rows, method, None, slots, store, [()] * len(rows))
-            for name, method in variants(store is not None).items()
+            name: play(recording, rows, method, None, slots, store, passages)
+            for name, method in variants(provided).items()
         }
         full = played["rasd"]["tokens_per_second"]
         results[f"{slots} slots"] = {
@@ -79,9 +84,9 @@ def main() -> None:
     report({"rows": len(rows), **results}, options.output)
 
 
-def variants(has_corpus: bool) -> dict[str, Method]:
+def variants(provided: Collection[str]) -> dict[str, Method]:
     """`rasd` with all there is, without each of its parts, and plain decoding."""
-    full = method_named("rasd", {"draft", "live"} | ({"corpus"} if has_corpus else set()))
+    full = method_named("rasd", provided)
     without = {
         f"without {source}": replace(full, sources=tuple(s for s in full.sources if s != source))
         for source in full.sources

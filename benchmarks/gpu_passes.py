@@ -56,7 +56,6 @@ def main() -> None:
     arguments.add_argument("--context", type=int, default=512)
     arguments.add_argument("--most-rows", type=int, default=1024)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--compiled", action="store_true", help="also with norms and MLPs through torch.compile")
     arguments.add_argument("--profile", type=Path, help="text file for the kernels of a one-slot pass of each shape")
     arguments.add_argument("--output", type=Path)
     options = arguments.parse_args()
@@ -162,13 +161,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _curve(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    model = _model(name, device, torch.bfloat16)
+    models = {kind: _model(name, device, torch.bfloat16) for kind in ("eager", "graph")}  # one is compiled in parts
+    model = models["graph"]
     vocabulary = model.config.vocab_size
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2
     points = []
     for slots in options.slots:
         targets = {
-            kind: _target(model, slots, options.context, max(options.nodes), is_static=kind == "graph")
+            kind: _target(models[kind], slots, options.context, max(options.nodes), is_static=kind == "graph")
             for kind in ("eager", "graph")
         }
         per_token = targets["graph"].cache.shape.bytes_per_token
@@ -188,31 +188,12 @@ def _curve(name: str, device: torch.device, options: argparse.Namespace) -> dict
             point["tb_s"] = round(read / point["graph_ms"] / 1e9, 3)
             points.append(point)
             print(name, point, file=sys.stderr, flush=True)
-        if options.compiled:
-            points += _compiled(name, targets["graph"], slots, options)
         if options.profile and slots == options.slots[0]:
             _profile(name, targets["graph"], _runs(slots, 7, options.context, vocabulary), options.profile)
         del targets
     found = {"weights_gb": round(weights / 1e9, 3), "passes": points, "drafts": _drafts(model, device, options)}
     print(name, found["drafts"], file=sys.stderr, flush=True)
     return found
-
-
-def _compiled(name: str, target: Target, slots: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same graphs of a model whose element-wise parts are fused by torch.compile."""
-    model = _model(name, target.device, torch.bfloat16)
-    for module in model.modules():
-        if type(module).__name__.endswith(("RMSNorm", "MLP")):
-            module.compile(dynamic=True)
-    compiled = _target(model, slots, options.context, max(options.nodes), is_static=True)
-    points = []
-    for nodes in (0, 7):
-        if slots * (nodes + 1) <= options.most_rows:
-            runs = _runs(slots, nodes, options.context, model.config.vocab_size)
-            seconds = _seconds(lambda runs=runs: _greedy(compiled, runs), target.device)
-            points.append({"slots": slots, "nodes": nodes, "compiled_ms": round(1000 * seconds, 3)})
-            print(name, points[-1], file=sys.stderr, flush=True)
-    return points
 
 
 def _drafts(model: LlamaForCausalLM, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:

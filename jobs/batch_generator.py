@@ -73,7 +73,7 @@ class BatchGenerator:
             retrieval=_in_process(config, facts.tokenizer, retrieving),
             replica=0,
             num_threads=None if config.num_threads == "auto" else config.num_threads,
-            is_split=num_gpus > 1,
+            is_split=device == "cuda" and num_gpus > 1,
         )
         self._metrics = ReplicaMetrics(0, retrieving.method, "map_batches")
         self._loaded = load(replica_config, self._metrics)

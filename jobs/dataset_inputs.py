@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from actors.object_store import is_uri
 from jobs.commit import committed_parts
 from jobs.files import read_json, writing
 from jobs.storage import open_storage
@@ -76,10 +77,13 @@ def read_outputs(output: str | Path) -> "Dataset":
     """The committed rows of a job, in the order of its inputs, as a dataset.
 
     Raises:
+        ConfigError: it is on an object store.
         InputError: it holds none, or a part file is not what its commit says.
     """
     import ray.data
 
+    if is_uri(str(output)):
+        raise ConfigError(f"{str(output)!r} is a URI; copy the output to a directory, or `rasd merge` it into a file.")
     storage = open_storage(Path(output).expanduser().absolute())
     paths = [storage.where(part.key) for part in committed_parts(storage, str(output))]
     if not paths:

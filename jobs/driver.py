@@ -73,6 +73,7 @@ class Driver:
         commits: the open commit log.
         launch: makes the actor of a replica; see `actors.replica.Replica` for its methods.
         runtime: where the actors run.
+        release: told of each replica that is not started again.
     """
 
     def __init__(
@@ -83,12 +84,14 @@ class Driver:
         watcher: Watcher,
         config: DriverConfig,
         runtime: Runtime = RAY,
+        release: Callable[[int], None] = lambda replica: None,
     ) -> None:
         self._shards = shards
         self._commits = commits
         self._watcher = watcher
         self._config = config
         self._runtime = runtime
+        self._release = release
         poll_seconds = max(_POLL_SECONDS, config.num_replicas / _POLLS_A_SECOND)
         self._seats = [Seat(replica, launch, runtime, poll_seconds) for replica in range(config.num_replicas)]
         self._returned: deque[Work] = deque()
@@ -115,11 +118,17 @@ class Driver:
             self._settle(0.0)
             self._watcher.progressed(self.stats)
         finally:
-            for seat in self._seats:
-                seat.ask_to_stop()
-            until = self._runtime.now() + STOP_SECONDS
-            for seat in self._seats:
-                self.events += seat.stop(until)
+            self._stop()
+
+    def _stop(self) -> None:
+        """End all replicas; those that answer in time first, so that one which hangs costs no other's events."""
+        asked = {future: seat for seat in self._seats if (future := seat.ask_to_stop()) is not None}
+        until = self._runtime.now() + STOP_SECONDS
+        while asked and (left := until - self._runtime.now()) > 0:
+            for future in self._runtime.wait(list(asked), left):
+                self.events += asked.pop(future).stop(until + STOP_SECONDS)
+        for seat in self._seats:
+            self.events += seat.stop(until)
 
     @property
     def stats(self) -> ShardStats:
@@ -202,8 +211,11 @@ class Driver:
         """Wait for what is under way, and take what has ended; False if nothing is under way."""
         seats = {future: seat for seat in self._seats for future in seat.futures()}
         for future in self._runtime.wait(list(seats), timeout) if seats else ():
-            for event in seats[future].settle(future):
+            seat = seats[future]
+            for event in seat.settle(future):
                 self._handle(event)
+            if seat.is_retired:
+                self._release(seat.replica)
         return bool(seats)
 
     def _report(self) -> None:

@@ -63,6 +63,10 @@ def open_output(name: str) -> Storage:
     Raises:
         ConfigError: it would be removed with the submitted job's working directory, or is a URI that cannot be used.
     """
+    if name.startswith("file:///"):
+        name = name.removeprefix("file://")
+    elif name.startswith("file:"):
+        raise ConfigError(f"--output is {name!r}; give the directory itself, or file:/// and its absolute path.")
     return open_storage(name if is_uri(name) else output_directory(name))
 
 

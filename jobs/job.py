@@ -154,6 +154,7 @@ class Job:
                     )
                 ),
                 watcher=self,
+                release=places.release,
                 config=DriverConfig(
                     num_replicas=num_replicas,
                     in_flight=in_flight,

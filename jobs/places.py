@@ -32,15 +32,23 @@ class Places:
             self._groups[replica] = placement_group([self._bundle], strategy="STRICT_PACK")
         return self._groups[replica]
 
+    def release(self, replica: int) -> None:
+        """Gives up the place of a replica that is not started again; others may be waiting for the room."""
+        if (group := self._groups.pop(replica, None)) is not None:
+            _remove(replica, group)
+
     def __enter__(self) -> "Places":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for replica, group in self._groups.items():
-            try:
-                remove_placement_group(group)
-            except RayError as problem:  # Ray removes it when the driver leaves; that must not hide another error
-                log.warning("the place of replica %d was not given back at once: %s", replica, problem)
-        self._groups.clear()
+        for replica in list(self._groups):
+            self.release(replica)
+
+
+def _remove(replica: int, group: Any) -> None:
+    try:
+        remove_placement_group(group)
+    except RayError as problem:  # Ray removes it when the driver leaves; that must not hide another error
+        log.warning("the place of replica %d was not given back at once: %s", replica, problem)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from actors.rows import ShardStats
 from jobs.commit import Commit
 from jobs.storage import Storage
+from pipeline.errors import JobError
 
 _TABLE = (
     ("state", "state"),
@@ -41,8 +42,14 @@ def error_types(output: Storage, commits: Iterable[Commit]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for commit in commits:
         if commit.stats.errors:
-            with output.open(commit.file) as file:
-                column = pq.read_table(file, columns=["error_type"]).column(0)
+            try:
+                with output.open(commit.file) as file:
+                    column = pq.read_table(file, columns=["error_type"]).column(0)
+            except OSError as error:
+                raise JobError(
+                    f"{output.where(commit.file)} cannot be read for its error rows: {error}. All that was committed"
+                    " stays; the same command reports again."
+                ) from error
             counts.update(value for value in column.to_pylist() if value is not None)
     return dict(counts.most_common())
 

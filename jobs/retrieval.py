@@ -21,6 +21,7 @@ from actors.searchers import RetrievalConfig
 from datastore.format import check_sizes, read_manifest
 from jobs.config import GenerateConfig
 from jobs.plan import ModelFacts
+from jobs.storage import job_name
 from pipeline.errors import DatastoreError
 from pipeline.methods import method_named
 
@@ -59,7 +60,7 @@ class RetrievalServices:
     """
 
     def __init__(self, config: GenerateConfig, facts: ModelFacts, sources: Collection[str], vocab_size: int) -> None:
-        output = str(Path(config.output).expanduser().absolute())
+        output = job_name(config.output)
         store = None if config.datastore is None else str(Path(config.datastore).expanduser().absolute())
         self._fingerprint = None if store is None else read_manifest(Path(store)).fingerprint
         self._service = ServiceConfig(

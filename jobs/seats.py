@@ -182,10 +182,15 @@ class Seat:
                 self._settled += value.stats
             yield Finished(work, value)
 
-    def ask_to_stop(self) -> None:
-        """Let an idle replica tidy up; `stop` takes its answer. Several are asked before the first is waited for."""
+    def ask_to_stop(self) -> Any:
+        """Let an idle replica tidy up; `stop` takes its answer. Several are asked before the first is waited for.
+
+        Returns:
+            What to wait for; None of a replica that has nothing to tidy up.
+        """
         if self.is_ready and not self.working:
             self._stopping = self._actor.stop.remote()
+        return self._stopping
 
     def stop(self, until: float) -> list[dict[str, Any]]:
         """End the replica; the events of its rounds, if they are traced and it answers until then."""

@@ -91,8 +91,7 @@ def simulate(config: SimulateConfig) -> int:
     recording = _recording(config, facts, rows, sampling)
     passages: Sequence[tuple[np.ndarray, ...]] = [()] * len(rows)
     if store is not None and "passages" in wanted:
-        found = LocalPassages(store, config.passages, Misses()).passages([row.question for row in rows])
-        passages = [tuple(text[text < recording.vocab_size] for text in texts) for texts in found]
+        passages = passages_for(rows, store, config.passages, recording.vocab_size)
     results = [
         play(recording, rows, method, None if budget == "auto" else budget, config.slots, store, passages)
         for method in methods
@@ -105,6 +104,12 @@ def simulate(config: SimulateConfig) -> int:
         _print(results)
     print(json.dumps({"rows": len(rows), "slots": config.slots, "results": results}), flush=True)
     return 0
+
+
+def passages_for(rows: Sequence[Row], store: Datastore, count: int, vocab_size: int) -> list[tuple[np.ndarray, ...]]:
+    """The datastore's passages nearest to each row's question, as tokens that the model knows."""
+    found = LocalPassages(store, count, Misses()).passages([row.question for row in rows])
+    return [tuple(text[text < vocab_size] for text in texts) for texts in found]
 
 
 def play(

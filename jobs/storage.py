@@ -7,6 +7,7 @@ The rest of `jobs` says what must happen to plan, parts and records; a storage k
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -114,7 +115,8 @@ def open_storage(output: "str | Path | Storage") -> Storage:
 
 def job_name(output: str) -> str:
     """The same on every node: a URI, or the directory's absolute path."""
-    return output if is_uri(output) else str(Path(output).expanduser().absolute())
+    output = output.removeprefix("file://")
+    return output.rstrip("/") if is_uri(output) else str(Path(output).expanduser().absolute())
 
 
 def parse_json(data: bytes | None) -> dict[str, Any] | None:
@@ -160,8 +162,7 @@ class LocalStorage:
         return sorted(self._entries(self.directory / folder), key=lambda entry: entry.name)
 
     def size(self, key: str) -> int | None:
-        path = self.directory / key
-        return path.stat().st_size if path.is_file() else None
+        return next((entry.bytes for entry in _entry(self.directory / key)), None)
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -226,6 +227,14 @@ class LocalStorage:
 
     def _entries(self, directory: Path) -> Iterator[Entry]:
         for path in directory.iterdir() if directory.is_dir() else ():
-            if path.is_file():
-                stat = path.stat()
-                yield Entry(path.name, stat.st_size, stat.st_mtime)
+            yield from _entry(path)
+
+
+def _entry(path: Path) -> Iterator[Entry]:
+    """Of a file, unless it is gone: a live driver makes and removes temporary ones all the time."""
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISREG(found.st_mode):
+        yield Entry(path.name, found.st_size, found.st_mtime)

@@ -97,6 +97,7 @@ def build_engine(
     target = Target(model, num_pages, PAGE_SIZE, options.num_slots)
     acceptance = AcceptanceTable()
     speculates = bool(method.sources)
+    drafter = _drafter(draft, target, num_pages, options)  # first: what it reads of a pass takes time, too
     times = measure_step_times(target, options.num_slots) if speculates and options.budget is None else None
     config = EngineConfig(
         num_slots=options.num_slots,
@@ -104,7 +105,6 @@ def build_engine(
         prefill_chunk=options.prefill_chunk,
         max_context=max_context,
     )
-    drafter = _drafter(draft, target, num_pages, options)
     economy = Economy(times, options.drafting.depth) if times is not None else None
     proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter, economy)
     return Engine(target, tokenizer, eos_token_ids(model, tokenizer), proposers, acceptance, config, times)

@@ -5,6 +5,8 @@ chains on a CPU; the Triton kernel of `pipeline.gpu_attention` for everything on
 pages, for prefill chunks on a CPU and wherever a kernel lacks something.
 """
 
+import logging
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
@@ -19,9 +21,11 @@ from pipeline.errors import ModelError
 from pipeline.graphs import has_compiler
 from pipeline.kv_cache import PagedCache
 from pipeline.packing import PackedRow
-from pipeline.tiles import Tiles, attend_by_tile, rows_per_tile, tiles_on
+from pipeline.tiles import CAUSAL, Tiles, attend_by_tile, rows_per_tile, tiles_on
 
 IMPLEMENTATION = "rasd"
+log = logging.getLogger(__name__)
+
 LONG_CHAIN = 24  # chains at least this long go to sdpa, whose matrix products win there (benchmarks in docs/LOG.md)
 
 
@@ -99,9 +103,26 @@ def _gpu_kernel(device_type: str) -> Callable[..., torch.Tensor] | None:
         return None
     try:
         from pipeline.gpu_attention import attend
-    except ImportError:  # PyTorch comes without Triton on some platforms
+
+        attend(*_probe(torch.device("cuda")), scale=1.0)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        # No Triton, no headers, or a card that it does not know: slower, but it works.
+        log.warning("attention goes without its GPU kernel and will be slower: %s", error)
         return None
     return attend
+
+
+def _probe(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tiles]:
+    """The least that a kernel can be asked: query, keys, values, and one tile."""
+    pool = torch.zeros(1, 1, 16, 16, device=device)
+    numbers = torch.zeros(1, dtype=torch.int32, device=device)
+    tiles = torch.tensor([[0, 1, 0, 0, 0, CAUSAL, 1, 0]], dtype=torch.int32, device=device)
+    return pool[:, 0, :1], pool, pool, Tiles(tiles, numbers, numbers.to(torch.uint8), numbers)
+
+
+def can_be_static(device: torch.device, softcap: float | None = None) -> bool:
+    """Whether attention over `Tiles` is fast on a device that can capture, or works at all on another."""
+    return device.type != "cuda" or (softcap is None and _gpu_kernel(device.type) is not None)
 
 
 def _attend_tiles(
@@ -115,14 +136,15 @@ def _attend_tiles(
 ) -> torch.Tensor:
     kernel = _gpu_kernel(q.device.type) if softcap is None else None
     if kernel is not None:
-        return kernel(q, keys, values, tiles, scale=scale, sliding_window=window)
+        with torch.cuda.device(q.device):  # of a split model, not the one that is current
+            return kernel(q, keys, values, tiles, scale=scale, sliding_window=window)
     return attend_by_tile(q, keys, values, tiles, scale=scale, sliding_window=window, softcap=softcap)
 
 
 def _tiles(row: PackedRow, fold: int, device: torch.device) -> Tiles:
-    tiles = row.scratch.get("tiles")
+    tiles = row.scratch.get(("tiles", device))
     if not isinstance(tiles, Tiles):
-        tiles = row.scratch["tiles"] = tiles_on(row, rows_per_tile(fold), device)
+        tiles = row.scratch["tiles", device] = tiles_on(row, rows_per_tile(fold), device)
     return tiles
 
 

@@ -227,10 +227,9 @@ class Engine:
         for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
             slot, run = item.slot, item.run
             accepted = np.empty(0, np.int32)
-            is_decoding = bool(slot.num_output) and len(run.known) == 1
-            if self._rests and slot.is_followed and (is_decoding or not self._rule.follows):
+            if self._reader is not None and self._rests and slot.is_followed and not self._rule.follows:
                 slot.is_followed = False
-                self.drafter.release(slot.number)
+                self._reader.release(slot.number)
             if begin < 0:
                 slot.cached += len(run.known)
             else:

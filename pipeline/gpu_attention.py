@@ -29,7 +29,7 @@ def attend(
     scale: float,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of every row of the tiles, [C, H, D]; rows of no tile are left undefined."""
+    """Attention of every row of the tiles, [C, H, D]; 0 in rows of no tile."""
     num_rows, num_heads, head_dim = query.shape
     num_kv, page_size = keys.shape[1:3]
     query = query.contiguous()
@@ -37,9 +37,9 @@ def attend(
     splits = 1
     while splits < _MOST_SPLITS and 2 * splits * num_tiles * num_kv <= _PROGRAMS:
         splits *= 2
-    out = torch.empty_like(query)
-    parts = torch.empty((splits, num_rows, num_heads, head_dim), dtype=torch.float32, device=query.device)
-    sums = torch.empty((splits, num_rows, num_heads, 2), dtype=torch.float32, device=query.device)
+    out = torch.zeros_like(query)  # a row of no tile must not be anything: some models mix rows to scale them
+    parts = torch.zeros((splits, num_rows, num_heads, head_dim), dtype=torch.float32, device=query.device)
+    sums = torch.zeros((splits, num_rows, num_heads, 2), dtype=torch.float32, device=query.device)
     fold = num_heads // num_kv
     padded = triton.next_power_of_2(max(head_dim, 16))
     _attend[(num_tiles, num_kv, splits)](
@@ -162,5 +162,5 @@ def _join(
     largest, total = tl.load(sums + lines * 2), tl.load(sums + lines * 2 + 1)
     weights = tl.exp(largest - tl.max(largest, 0))
     mixed = tl.load(parts + lines[:, None] * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0)
-    joined = tl.sum(mixed * weights[:, None], 0) / tl.sum(total * weights, 0)
+    joined = tl.sum(mixed * weights[:, None], 0) / tl.maximum(tl.sum(total * weights, 0), 1e-30)
     tl.store(out + place * DIM + dims, joined.to(out.dtype.element_ty), mask=dims < DIM)

@@ -44,15 +44,15 @@ class Graphs(Generic[Key, Outputs]):
         self._function = function
         self._is_cuda = device.type == "cuda"
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self._is_broken = False
+        self._broken: set[Key] = set()
 
     def __call__(self, key: Key) -> Outputs | None:
         """What the function returns; valid until the next call. None if it cannot be captured."""
         if not self._is_cuda:
             return self._function(key)
-        if key not in self._graphs and not self._is_broken:
+        if key not in self._graphs and key not in self._broken:
             self._capture(key)
-        if self._is_broken:
+        if key in self._broken:
             return None
         graph, outputs = self._graphs[key]
         graph.replay()
@@ -74,7 +74,7 @@ class Graphs(Generic[Key, Outputs]):
                 outputs = self._function(key)
         except RuntimeError as error:
             log.warning("passes cannot be captured as CUDA graphs and will be slower: %s", error)
-            self._is_broken = True
+            self._broken.add(key)
             return
         self._graphs[key] = graph, outputs
 

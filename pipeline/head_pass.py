@@ -3,7 +3,7 @@
 import torch
 
 from pipeline import graphs
-from pipeline.attention import AttentionContext, rasd_attention
+from pipeline.attention import AttentionContext, can_be_static, rasd_attention
 from pipeline.graphs import SIZES, Graphs
 from pipeline.growth import top_of
 from pipeline.head import DraftHead
@@ -39,7 +39,8 @@ class HeadPasses:
         self._layer = _Layer()
         self._device = cache.device
         self._row: StaticRow | None = None
-        if graphs.pays(self._device) if is_static is None else is_static:
+        pays = graphs.pays(self._device) and can_be_static(self._device)
+        if pays if is_static is None else is_static:
             config = head.config
             trash = (cache.num_pages - 1) * cache.page_size
             fold = config.num_heads // config.num_kv_heads
@@ -58,7 +59,9 @@ class HeadPasses:
             row = pack(runs, len(runs), page_size, torch.device("cpu"))
             if (size := self._row.put(row)) is not None:
                 self._features[: len(features)] = features
-                if (outputs := self._graphs(size)) is not None:
+                outputs = self._graphs(size)
+                self._row.was_used()
+                if outputs is not None:
                     hidden, logits, top = (output[: len(features)] for output in outputs)
                     # The next level's features come from this one's output, which the next pass writes over.
                     return hidden.clone(), logits, top

@@ -19,6 +19,8 @@ from pipeline.proposal import Draft, SlotView
 from pipeline.target import Target
 from pipeline.tree import EMPTY_TREE
 
+_MOST_BEHIND = 2048  # tokens that a round's first level computes again or for the first time; other slots wait
+
 
 @dataclass(slots=True)
 class _Slot:
@@ -50,7 +52,13 @@ class ModelDrafter:
             self._pool.release(state.pages)
 
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
-        growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
+        growths: dict[int, Growth] = {}
+        num_behind = 0
+        for index, view in enumerate(views):
+            growth = self._begin(view)
+            if growth is not None and (not num_behind or num_behind + growth.num_behind <= _MOST_BEHIND):
+                growths[index] = growth
+                num_behind += growth.num_behind
         root_logprobs: torch.Tensor | None = None
         for level, working in levels(growths, self._options, pace):
             runs = [growth.run() if level else self._first_run(growth) for growth in working.values()]

@@ -101,6 +101,8 @@ def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.devi
     cached = np.array([run.cached for run in runs], np.int32)
     wants_logits = np.array([run.wants_logits for run in runs], np.bool_)
     table = block_table([run.pages for run in runs])
+    room = np.array([len(run.pages.pages) for run in runs], np.int64) * page_size
+    assert (room >= cached + num_known + num_nodes).all() and (num_known[num_nodes > 0] == 1).all()
     starts = np.zeros(len(runs) + 1, np.int32)
     np.cumsum(num_known + num_nodes, out=starts[1:])
     mask_sizes = np.where(num_nodes > 0, (num_nodes + 1) ** 2, 0)

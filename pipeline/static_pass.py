@@ -54,10 +54,16 @@ class StaticPasses:
         """
         size = self._row.put(row)
         outputs = None if size is None else self._graphs(size)
+        self._row.was_used()
         if outputs is None:
             return None
         logits, states = outputs
+        assert (states is None) == (self._tap() is None)
         return logits[: len(row.logits_index)], None if states is None else states[: row.token_ids.shape[1]]
+
+    def reset(self) -> None:
+        """What is read of the model has changed."""
+        self._graphs = Graphs(self._pass, self._model.device)
 
     def _pass(self, size: Size) -> Outputs:
         self._row.fetch(size)

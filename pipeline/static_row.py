@@ -2,6 +2,7 @@
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class StaticRow:
         self._positions = Staged((_MOST_NODES,), torch.int32, device)
         self._mask = Staged((_MOST_MASK,), torch.uint8, device)
         self._num_pages = 0
+        self._read: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def size_of(self, num_rows: int, num_logits: int) -> Size:
         """The least size that holds so many rows."""
@@ -60,6 +62,8 @@ class StaticRow:
         fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
         if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
             return None
+        if self._read is not None:
+            self._read.synchronize()  # passes without logits end without waiting for the device
         size = self.size_of(num_rows, num_logits)
         ids = self._ids.host[: 4 * size.num_rows].reshape(4, size.num_rows)
         ids[:] = 0
@@ -79,6 +83,11 @@ class StaticRow:
         if self._has_windows:
             _send(self._positions, row.positions)
         return size
+
+    def was_used(self) -> None:
+        """A pass over the row is under way; the next `put` waits until the device has read it."""
+        if self._read is not None:
+            self._read.record()
 
     def fetch(self, size: Size) -> None:
         """Copies what `put` made to the device; the first step of what is captured."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pipeline import graphs
-from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext
+from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext, can_be_static
 from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
@@ -70,12 +70,16 @@ class Target:
         self.tap: FeatureTap | None = None
         model.set_attn_implementation(IMPLEMENTATION)
         self._passes: StaticPasses | None = None
-        if not self._is_split and (graphs.pays(self.device) if is_static is None else is_static):
+        softcap = getattr(self.config, "attn_logit_softcapping", None)
+        pays = graphs.pays(self.device) and can_be_static(self.device, softcap)
+        if not self._is_split and (pays if is_static is None else is_static):
             self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots)
 
     def read_states(self, depths: Sequence[int]) -> None:
         """Has every forward pass return the hidden states of these decoder layers."""
         self.tap = FeatureTap(self.model, depths)
+        if self._passes is not None:
+            self._passes.reset()
 
     @torch.inference_mode()
     def forward(self, runs: list[Run]) -> Forward:

@@ -71,6 +71,7 @@ def drive(
     time: VirtualTime | None = None,
     stop_at: float = math.inf,
     run: int = 1,
+    released: list[int] | None = None,
 ) -> Diary:
     """Run the driver on actors made by `make`, which is told how many there were before."""
     time = time or VirtualTime()
@@ -88,7 +89,7 @@ def drive(
         done = log.open()
         shards = (item for item in make_rows() if item[0] not in done)
         settings = DriverConfig(num_replicas, in_flight=2, run=run, schema=SCHEMA.serialize().to_pybytes())
-        Driver(shards, log, launch, diary, settings, time).run()
+        Driver(shards, log, launch, diary, settings, time, [].append if released is None else released.append).run()
     return diary
 
 
@@ -120,6 +121,19 @@ def test_shards_of_lost_replicas_are_done_again_and_committed_once(tmp_path: Pat
     again = {shard for _, shard, attempt in diary.commits if attempt > ATTEMPTS_A_RUN}
     assert len(again) == 4, "two replicas had two shards each when they died"
     assert not list((tmp_path / "_tmp").iterdir())
+
+
+def test_the_place_of_a_replica_that_never_loads_is_given_up(tmp_path: Path) -> None:
+    """Others may be waiting for it; once it was kept to the end, and they waited as long."""
+
+    def first_never_loads(time: VirtualTime, plain: Any, launched: int) -> VirtualActor:
+        dies_at = time.now() + 0.5 if plain.start().replica == 0 else math.inf
+        return VirtualActor(time, plain, lambda task: SECONDS, load_seconds=1.0, dies_at=dies_at)
+
+    released: list[int] = []
+    diary = drive(tmp_path, first_never_loads, released=released)
+    assert released == [0]
+    assert sorted(shard for _, shard, _ in diary.commits) == list(range(NUM_SHARDS))
 
 
 def test_two_runs_are_the_same_in_every_time_and_place(tmp_path: Path) -> None:

@@ -75,8 +75,10 @@ def test_the_kernel_equals_sdpa(runs: list[Run], shape: tuple[int, int], window:
     from pipeline.gpu_attention import attend
 
     row, cache, query = packed(runs, *shape, 16, seed)
-    work = tiles_on(row, rows_per_tile(shape[0] // shape[1]), CPU)
-    got = attend(query, cache.keys[0], cache.values[0], work, scale=0.25, sliding_window=window)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter wants the latter
+    work = tiles_on(row, rows_per_tile(shape[0] // shape[1]), device)
+    tensors = (tensor.to(device) for tensor in (query, cache.keys[0], cache.values[0]))
+    got = attend(*tensors, work, scale=0.25, sliding_window=window).cpu()
     torch.testing.assert_close(got, expected(row, cache, query, window), atol=2e-5, rtol=1e-4)
 
 
