@@ -8,7 +8,10 @@ number of slots by itself; the lesser kind is tried again, ever more rarely whil
 import math
 from dataclasses import dataclass
 
-_DECAY = 0.95  # of a round in moving averages
+_DECAY = 0.98  # of a round in moving averages
+_MARGIN = 1.02  # by which rest must be better: what 16 slots emit in a round varies by a sixth
+# First rounds at a number of slots, which teach nothing: code is loaded, and drafts are not yet known for their worth.
+_WARM_UP, _WARM_UP_SLOTS = 16, 1024  # rounds; rounds x slots, whichever takes longer
 _TRIAL = 16  # rounds of one kind before it is judged
 _RUN_UP = 64  # rounds of rest before a trial of speculation, in which drafters follow new requests again
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
@@ -36,9 +39,10 @@ class _Worth:
 class _Level:
     """What is known at about one number of slots."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_slots: int) -> None:
         self.is_resting = False
         self._speculation, self._rest = _Worth(), _Worth()
+        self._unseen = max(_WARM_UP, _WARM_UP_SLOTS // num_slots)
         self._left = _TRIAL  # rounds until the next decision
         self._length = _SHORTEST
 
@@ -48,13 +52,16 @@ class _Level:
 
     def observe(self, tokens: float, plain: float) -> None:
         """A round of the current kind."""
+        if self._unseen:
+            self._unseen -= 1
+            return
         (self._rest if self.is_resting else self._speculation).observe(tokens, plain)
         self._left -= 1
         if self._left <= 0:
             self._decide()
 
     def _decide(self) -> None:
-        is_better = self._rest.num_rounds > 0 and self._rest.value > self._speculation.value
+        is_better = self._rest.num_rounds > 0 and self._rest.value > _MARGIN * self._speculation.value
         if self.is_resting and not (is_better and self._rest.num_rounds == _TRIAL):
             self.is_resting, self._left = False, _TRIAL
         elif is_better:
@@ -63,7 +70,7 @@ class _Level:
         elif self._rest.num_rounds == 0 and self._speculation.value < _CERTAIN:
             self.is_resting, self._left = True, _TRIAL
         else:
-            self._length = _SHORTEST  # and the next round decides again
+            self._left, self._length = _TRIAL, _SHORTEST
 
 
 class Resting:
@@ -71,7 +78,7 @@ class Resting:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
-        self._level = _Level()  # of this round
+        self._level = _Level(1)  # of this round
 
     @property
     def is_resting(self) -> bool:
@@ -85,7 +92,10 @@ class Resting:
 
     def begin_round(self, num_slots: int) -> bool:
         """Whether a round of so many decoding slots, one at least, does without speculation."""
-        self._level = self._levels.setdefault(round(math.log2(num_slots)), _Level())
+        size = round(math.log2(num_slots))
+        if size not in self._levels:
+            self._levels[size] = _Level(num_slots)
+        self._level = self._levels[size]
         return self._level.is_resting
 
     def observe(self, tokens: float, plain_tokens: float) -> None:
