@@ -22,7 +22,7 @@ def committed_outputs(output: str, max_tokens: int) -> list[np.ndarray]:
     found: list[list[np.ndarray]] = []
     total = 0
     try:
-        parts = iter(_newest_objects(open_store(output)) if is_uri(output) else _newest_parts(Path(output)))
+        parts = _newest_objects(open_store(output)) if is_uri(output) else _newest_parts(Path(output))
         for name, source in parts:
             if total >= max_tokens:
                 break
@@ -42,9 +42,11 @@ def _newest_objects(store: ObjectStore) -> Iterator[tuple[str, pa.BufferReader]]
     """Parts on an object store that commit records name, the last committed first."""
     for record in sorted(store.entries("_commits"), key=lambda entry: -entry.modified):
         found = store.read(f"_commits/{record.name}")
-        name = json.loads(found.data)["file"] if found is not None else None
-        part = store.read(name) if name is not None else None
-        if name is not None and part is not None:
+        try:
+            name = json.loads(found.data)["file"] if found is not None else None
+        except (ValueError, KeyError):
+            continue  # as in `_newest_parts`
+        if name is not None and (part := store.read(name)) is not None:
             yield name, pa.BufferReader(part.data)
 
 

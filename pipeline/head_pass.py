@@ -42,9 +42,8 @@ class HeadPasses:
         pays = graphs.pays(self._device) and can_be_static(self._device)
         if pays if is_static is None else is_static:
             config = head.config
-            trash = (cache.num_pages - 1) * cache.page_size
             fold = config.num_heads // config.num_kv_heads
-            self._row = StaticRow(fold, trash, self._device, num_slots, has_windows=False)
+            self._row = StaticRow(fold, cache.last_page, self._device, num_slots, has_windows=False)
             self._features = torch.zeros(SIZES[-1], config.hidden_size, dtype=cache.shape.dtype, device=self._device)
             self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, self._device)
 

@@ -80,6 +80,11 @@ class PagedCache(Cache):
         self.keys = [pool.keys[i] for pool, i in self._layers]
         self.values = [pool.values[i] for pool, i in self._layers]
 
+    @property
+    def last_page(self) -> int:
+        """Pool token index where the last page begins, which whoever pads rows leaves to nobody."""
+        return (self.num_pages - 1) * self.page_size
+
     def begin(self, row: PackedRow) -> None:
         """Announces the packed row of the next forward pass."""
         self.place(row.write_index)

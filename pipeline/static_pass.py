@@ -37,10 +37,9 @@ class StaticPasses:
                     module.compile(dynamic=True)
         self._cache = cache
         self._tap = tap
-        trash = (cache.num_pages - 1) * cache.page_size
         self._row = StaticRow(
             config.num_attention_heads // cache.shape.num_kv_heads,
-            trash,
+            cache.last_page,
             model.device,
             num_runs,
             has_windows=getattr(config, "sliding_window", None) is not None,

@@ -49,7 +49,7 @@ class StaticRow:
         self._num_pages = 0
         self._read: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def size_of(self, num_rows: int, num_logits: int) -> Size:
+    def _size(self, num_rows: int, num_logits: int) -> Size:
         """The least size that holds so many rows."""
         rows = _size_of(num_rows)
         tiles = min(rows, self._num_runs + rows // self._rows_per_tile)
@@ -64,7 +64,7 @@ class StaticRow:
             return None
         if self._read is not None:
             self._read.synchronize()  # passes without logits end without waiting for the device
-        size = self.size_of(num_rows, num_logits)
+        size = self._size(num_rows, num_logits)
         ids = self._ids.host[: 4 * size.num_rows].reshape(4, size.num_rows)
         ids[:] = 0
         ids[2] = self._trash
