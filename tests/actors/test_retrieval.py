@@ -203,9 +203,8 @@ def test_passages_of_a_dead_service_are_none(tmp_path: Path, start: Callable[[Se
     source = ServicePassages(service, 3, misses)
     assert source.passages(["a", "b"]) == [(), ()], "it has no datastore"
     assert misses.take() == 0, "and says so"
-    ray.kill(service)
-    assert source.passages(["a"]) == [()]
-    assert misses.take() == 1
+    ray.kill(service)  # returns before the actor is dead, which may answer once more
+    until(lambda: source.passages(["a"]) == [()] and misses.take() == 1)
 
 
 def test_outputs_for_a_service_that_stands_still_are_dropped(
