@@ -95,13 +95,21 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
         )
         if "draft" in method.sources:
             draft = load_draft(config.draft, model, resolved, trust_remote_code=config.trust_remote_code)
-    options = EngineOptions(config.slots, config.budget, config.kv_memory, config.max_context, config.prefill_chunk)
+    options = EngineOptions(
+        num_slots=config.slots,
+        slot_tokens=config.slot_tokens,
+        budget=config.budget,
+        kv_memory=config.kv_memory,
+        max_context=config.max_context,
+        prefill_chunk=config.prefill_chunk,
+    )
     sources = None
     if config.retrieval is not None:
         sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size, metrics)
     searchers = sources.searchers if sources is not None else ()
     engine = build_engine(model, tokenizer, method, options, searchers, draft)
-    return Loaded(resolved.name, device, engine, tokenizer, sources, method.notes)
+    notes = (*method.notes, *([f"{engine.num_slots} slots"] if config.slot_tokens else ()))
+    return Loaded(resolved.name, device, engine, tokenizer, sources, notes)
 
 
 def _question(row: InputRow) -> str:

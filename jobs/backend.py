@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SHIPPED = "head"  # what `--draft` calls the head that comes with the project
 AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+AUTO_SLOTS = {"cpu": 16, "cuda": 256}  # at most
+# Of KV memory for each of them: more slots than long rows have room for would push each other out.
+_SLOT_TOKENS = {"cpu": 0, "cuda": 1024}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,8 @@ def make_replica_config(
         revision=revision,
         dtype=dtype,
         device=device,
-        slots=config.slots,
+        slots=AUTO_SLOTS[device] if config.slots == "auto" else config.slots,
+        slot_tokens=_SLOT_TOKENS[device] if config.slots == "auto" else 0,
         method=retrieving.method,
         sources=tuple(retrieving.sources),
         draft=None if config.draft in (None, SHIPPED) else anywhere(config.draft),

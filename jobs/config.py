@@ -108,7 +108,9 @@ class GenerateConfig(Options):
     budget: Annotated[int, Field(ge=0)] | Auto = option(
         "auto", "speed", "Nodes verified a round and slot, besides the root."
     )
-    slots: int = option(16, "speed", "Sequences decoded at once by a replica.", ge=1)
+    slots: Count | Auto = option(
+        "auto", "speed", "Sequences decoded at once by a replica; auto is 16 on CPUs, and on GPUs what KV memory holds."
+    )
     prefill_chunk: int = option(512, "speed", "Most prompt tokens that join one round.", ge=1)
     max_context: Annotated[int, Field(ge=2)] | Auto = option(
         "auto", "speed", "Most tokens of a row, prompt and output; auto is what the model allows."

@@ -22,7 +22,7 @@ def print_plan(plan: Plan, config: GenerateConfig, method: str, memory: MemoryEs
                 ("method", method),
                 ("replicas", config.num_replicas),
                 ("memory", f"{memory.weights / _GIB:.2f} GiB weights a replica"),
-                ("", f"{memory.kv / _GIB:.2f} GiB KV at most: {config.slots} slots x {memory.max_context} tokens"),
+                ("", f"{memory.kv / _GIB:.2f} GiB KV at most: {memory.slots} slots x {memory.max_context} tokens"),
                 *(("column", f"{field.name}: {field.type}") for field in plan.schema),
             ]
         )

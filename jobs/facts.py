@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jobs.backend import AUTO_DTYPE, SHIPPED
+from jobs.backend import AUTO_DTYPE, AUTO_SLOTS, SHIPPED
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
 from pipeline.errors import ConfigError, ModelError
@@ -94,12 +94,13 @@ def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     """Memory of a replica from the model's configuration alone; see `model_facts` for errors."""
     resolved = resolve_model(config.model, config.revision)
     model = load_config(resolved, trust_remote_code=config.trust_remote_code)
-    dtype = config.dtype if config.dtype != "auto" else _auto_dtype(config)
+    dtype = config.dtype if config.dtype != "auto" else AUTO_DTYPE[_auto_device(config)]
     text: PreTrainedConfig = model.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * _BYTES[dtype]
     longest = text.max_position_embeddings if config.max_context == "auto" else config.max_context
+    slots = AUTO_SLOTS[_auto_device(config)] if config.slots == "auto" else config.slots
     from_config = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
@@ -111,10 +112,11 @@ def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
         max_context=longest,
         weights=_BYTES[dtype] * sum(parameter.numel() for parameter in shell.parameters()),
         kv_per_token=per_token,
-        kv=per_token * longest * config.slots,
+        slots=slots,
+        kv=per_token * longest * slots,
     )
 
 
-def _auto_dtype(config: GenerateConfig) -> str:
+def _auto_device(config: GenerateConfig) -> str:
     is_on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    return AUTO_DTYPE["cuda" if is_on_gpu else "cpu"]
+    return "cuda" if is_on_gpu else "cpu"

@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.metrics import JobMetrics
 from actors.rows import ReplicaInfo, ShardStats
-from jobs.backend import Backend, Launch, Retrieving
+from jobs.backend import AUTO_SLOTS, Backend, Launch, Retrieving
 from jobs.cluster import connected, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
@@ -137,7 +137,9 @@ class Job:
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             num_replicas = min(placement.num_replicas, left)
-            in_flight = self._in_flight(-(-left // num_replicas))
+            slots = AUTO_SLOTS["cuda" if placement.num_gpus > 0 else "cpu"]
+            slots = slots if self._config.slots == "auto" else self._config.slots
+            in_flight = self._in_flight(slots, -(-left // num_replicas))
             driver = Driver(
                 shards=open_shards(inputs, self._plan, frozenset(self._commits)),
                 commits=self._log,
@@ -168,10 +170,10 @@ class Job:
             for note in services.notes() if services is not None else ():
                 log.warning("%s", note)
 
-    def _in_flight(self, fair_share: int) -> int:
+    def _in_flight(self, slots: int, fair_share: int) -> int:
         """Most shards a replica has: twice its slots, but not those that others could begin with."""
         rows_per_shard = self._plan.rows_per_shard * self._plan.num_samples
-        return min(max(2, -(-2 * self._config.slots // rows_per_shard)), fair_share)
+        return min(max(2, -(-2 * slots // rows_per_shard)), fair_share)
 
     def _finish(self, resumed: int, began: float) -> int:
         end = time.monotonic()

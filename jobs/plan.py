@@ -52,6 +52,7 @@ class MemoryEstimate:
     Attributes:
         weights: of all parameters.
         kv_per_token: of one token in every layer; sliding windows are counted as full attention.
+        slots: decoded at a time, at most.
         kv: of all slots at the longest context.
     """
 
@@ -59,6 +60,7 @@ class MemoryEstimate:
     max_context: int
     weights: int
     kv_per_token: int
+    slots: int
     kv: int
 
 

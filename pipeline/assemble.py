@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,12 +43,14 @@ class EngineOptions:
 
     Attributes:
         num_slots: requests decoded at a time.
+        slot_tokens: KV memory that there must be for each, in tokens; otherwise there are fewer slots.
         budget: most tree nodes a slot and round, 0 for none; None chooses by measured step times.
         kv_memory: bytes for keys and values; None takes what `num_slots` longest sequences need, within a share of
             what is free.
         max_context: longest prompt plus output in tokens; None takes the model's.
         prefill_chunk: most prefill tokens a round.
         drafting: shape of a draft model's trees.
+        is_static: run passes of fixed sizes, see `pipeline.static_pass`; None where that is faster, on a GPU.
     """
 
     num_slots: int = 16
@@ -57,6 +59,8 @@ class EngineOptions:
     max_context: int | None = None
     prefill_chunk: int = 512
     drafting: DraftOptions = field(default_factory=DraftOptions)
+    is_static: bool | None = None
+    slot_tokens: int = 0
 
 
 def build_engine(
@@ -94,7 +98,10 @@ def build_engine(
                 f"{token_bytes * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
                 "Raise --kv-memory or lower --max-context."
             )
-    target = Target(model, num_pages, PAGE_SIZE, options.num_slots)
+    if options.slot_tokens:
+        room = max(num_pages * PAGE_SIZE // min(options.slot_tokens, max_context), 1)
+        options = replace(options, num_slots=min(options.num_slots, room))
+    target = Target(model, num_pages, PAGE_SIZE, options.num_slots, is_static=options.is_static)
     acceptance = AcceptanceTable()
     speculates = bool(method.sources)
     drafter = _drafter(draft, target, num_pages, options)  # first: what it reads of a pass takes time, too
@@ -118,9 +125,11 @@ def _drafter(
             return None
         case DraftHead():
             target.read_states(draft.config.depths)
-            return HeadDrafter(draft, num_pages, PAGE_SIZE, options.num_slots, options.drafting)
+            shape, is_static = options.drafting, options.is_static
+            return HeadDrafter(draft, num_pages, PAGE_SIZE, options.num_slots, shape, is_static=is_static)
     num_pages += _DRAFT_PAGES * options.num_slots
-    return ModelDrafter(Target(draft, num_pages, PAGE_SIZE, options.num_slots), options.drafting)
+    own = Target(draft, num_pages, PAGE_SIZE, options.num_slots, is_static=options.is_static)
+    return ModelDrafter(own, options.drafting)
 
 
 def _draft_bytes(draft: PreTrainedModel | DraftHead | None) -> int:
@@ -159,13 +168,19 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
             first += _pages_of(own)
             tree = TokenTree.of(range(1, own), [-1] * (own - 1), "draft")  # every row with logits, as in verification
             runs.append(Run(np.zeros(1, np.int32), tree, 0, pages, True))
-        best = np.inf
-        for _ in range(4):
-            begin = time.perf_counter()
-            target.forward(runs).logits.argmax(dim=-1).cpu()
-            best = min(best, time.perf_counter() - begin)
-        seconds.append(best)
-    return StepTimes(timed, seconds)
+        try:
+            seconds.append(min(_timed(target, runs) for _ in range(4)))
+        except torch.OutOfMemoryError:
+            if not seconds:
+                raise
+            break  # the engine does with fewer rows, too
+    return StepTimes(timed[: len(seconds)], seconds)
+
+
+def _timed(target: Target, runs: list[Run]) -> float:
+    begin = time.perf_counter()
+    target.forward(runs).logits.argmax(dim=-1).cpu()
+    return time.perf_counter() - begin
 
 
 def _spread(rows: int, num_slots: int) -> list[int]:

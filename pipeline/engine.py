@@ -4,6 +4,7 @@ One loop for every method. Plain decoding is the null drafter without retrievers
 clusters.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
-from pipeline.errors import RowError
+from pipeline.errors import JobError, RowError
 from pipeline.methods import Proposers
 from pipeline.pages import PagePool, pool_index
 from pipeline.phases import Phases
@@ -21,7 +22,7 @@ from pipeline.proposal import Committed, FeatureDrafter, SlotView
 from pipeline.request import Generation, Request
 from pipeline.retrieval import Retrieval
 from pipeline.sampling import Choices, choose
-from pipeline.scheduler import Scheduler, Work
+from pipeline.scheduler import MIN_CHUNK, Scheduler, Work
 from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
@@ -30,6 +31,8 @@ from pipeline.verify import walk
 
 _SMOOTHING = 0.1  # of a round in moving averages
 _MOST_PREFILL = 0.5  # of a round's rows, for it to teach what rounds take: with many slots few have none
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,11 @@ class Engine:
         return self._scheduler.has_work
 
     @property
+    def num_slots(self) -> int:
+        """Requests decoded at a time, as it is now."""
+        return self._scheduler.num_slots
+
+    @property
     def max_context(self) -> int:
         """Longest prompt plus output, in tokens."""
         return self._config.max_context
@@ -143,7 +151,20 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """One round over all slots; returns the requests it finished."""
+        """One round over all slots; returns the requests it finished.
+
+        A round that the device has no memory for is given up, and half as many slots go on.
+
+        Raises:
+            JobError: not even one slot fits.
+        """
+        try:
+            return self._round()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)  # the error itself holds what the round had allocated
+        return self._retreat(reason)
+
+    def _round(self) -> list[Generation]:
         begin = self._clock()
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
@@ -158,6 +179,22 @@ class Engine:
             finished = self._commit(work, forward, choices)
         self._observe_round(work, self._clock() - begin)
         return finished
+
+    def _retreat(self, reason: str) -> list[Generation]:
+        """Makes every slot start anew from the tokens it has, in half as many slots; returns those that had ended."""
+        ended = [slot for slot in self._scheduler.active if slot.finish_reason is not None]
+        for slot in ended:
+            self._scheduler.finish(slot)
+        if not self._scheduler.halve():
+            raise JobError(
+                f"The device has no memory for a round of one slot and a prefill chunk of {MIN_CHUNK} tokens: {reason}."
+                " Lower --kv-memory, which leaves more for computing, or see what else uses the device; the same"
+                " command then resumes the job."
+            )
+        log.warning("no memory for a round (%s); %d slots go on", reason, self._scheduler.num_slots)
+        if self.target.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [slot.generation() for slot in ended]
 
     def _propose(self, decoding: Sequence[Slot]) -> list[TokenTree]:
         """What the method's rule makes of a draft and of what was retrieved, one tree a slot.

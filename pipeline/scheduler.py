@@ -16,6 +16,8 @@ from pipeline.proposal import Drafter, NullDrafter, Retriever
 from pipeline.slots import Slot
 from pipeline.tree import EMPTY_TREE, TokenTree, prune
 
+MIN_CHUNK = 32  # prefill tokens a round below which `Scheduler.halve` does not go
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -28,8 +30,11 @@ class Work:
 class Scheduler:
     """Slots, waiting requests and the page pool.
 
+    Attributes:
+        num_slots: requests in the engine at a time, as it is now.
+
     Args:
-        num_slots: requests in the engine at a time.
+        num_slots: as it is at first.
         pool: page bookkeeping; must hold the longest possible sequence.
         prefill_chunk: most prefill tokens a round, over all slots.
         retrievers: told who comes, grows and goes.
@@ -48,6 +53,7 @@ class Scheduler:
         self._prefill_chunk = prefill_chunk
         self._retrievers = retrievers
         self._drafter = drafter or NullDrafter()
+        self.num_slots = num_slots
         self._free = list(range(num_slots))[::-1]
         self._waiting: deque[Slot] = deque()
         self._active: list[Slot] = []  # by admission order, oldest first
@@ -57,6 +63,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._active)
+
+    @property
+    def active(self) -> list[Slot]:
+        """Slots with a request, by admission order, oldest first."""
+        return list(self._active)
 
     def submit(self, slot: Slot) -> None:
         """Queues a new request."""
@@ -156,6 +167,23 @@ class Scheduler:
     def finish(self, slot: Slot) -> None:
         """The request is done: its slot and pages are free, its pages findable while memory lasts."""
         self._leave(slot)
+
+    def halve(self) -> bool:
+        """After a round that failed anywhere: requeues all requests, for half as many slots and prefill tokens.
+
+        Returns:
+            False, and nothing changes, if there is nothing left to halve.
+        """
+        if self.num_slots == 1 and self._prefill_chunk <= MIN_CHUNK:
+            return False
+        for slot in self._active[::-1]:
+            self._requeue(slot)
+        # What the failed round published may never have been written.
+        self.pool = PagePool(self.pool.num_pages, self.pool.page_size)
+        self.num_slots = max(self.num_slots // 2, 1)
+        self._prefill_chunk = max(self._prefill_chunk // 2, min(self._prefill_chunk, MIN_CHUNK))
+        self._free = list(range(self.num_slots))[::-1]
+        return True
 
     def _requeue(self, slot: Slot) -> None:
         slot.num_requeues += 1

@@ -151,7 +151,7 @@ class FakeBackend:
 
     def memory(self, config: GenerateConfig) -> MemoryEstimate:
         """1 GiB of weights and 2 GiB of KV cache."""
-        return MemoryEstimate("float32", 2048, 1 << 30, 1 << 16, 1 << 31)
+        return MemoryEstimate("float32", 2048, 1 << 30, 1 << 16, 16, 1 << 31)
 
     def sources(self, config: GenerateConfig, facts: ModelFacts) -> frozenset[str]:
         """Nothing to search."""

@@ -76,6 +76,7 @@ def start_both(marks: Path, *, first_hangs: bool) -> list[Any]:
             dtype="float32",
             device="cpu",
             slots=1,
+            slot_tokens=0,
             method="plain",
             budget=None,
             sampling=SamplingParams(max_new_tokens=4),

@@ -48,6 +48,7 @@ def outputs_of(
             dtype="float32",
             device="cpu",
             slots=2,
+            slot_tokens=0,
             method="retrieval",
             budget=8,
             sampling=SamplingParams(max_new_tokens=24),
