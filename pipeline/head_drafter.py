@@ -57,8 +57,11 @@ class HeadDrafter:
         shape = KVShape(1, config.num_kv_heads, config.head_dim, weight.dtype)
         all_pages = num_pages + num_slots * self._scratch_pages + 1  # the last is nobody's
         cache = PagedCache(shape, all_pages, page_size, weight.device)
-        self._passes = HeadPasses(head, cache, num_slots, options.branches, is_static=is_static)
-        self._entries = HeadEntries(head, cache)
+        # One feature for each slot, and one for each node that a draft computes.
+        num_features = num_slots * (2 + options.num_scratch)
+        self._passes = HeadPasses(head, cache, num_features, num_slots, options.branches, is_static=is_static)
+        self._entries = HeadEntries(head, cache, self._passes.features)
+        self._num_slots = num_slots
 
     def release(self, slot: int) -> None:
         self._entries.release(slot)
@@ -75,12 +78,11 @@ class HeadDrafter:
     @torch.inference_mode()
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
         growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
-        known = _Known()
+        places = _Places(self._num_slots)
         root_logprobs: torch.Tensor | None = None
         for level, working in levels(growths, self._options, pace, prepare=self._entries.write):
-            hidden, logits, top = self._level(working, known)
+            logits, top = self._level(working, places)
             begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
-            known.add(hidden, {index: growth.num_rows for index, growth in working.items()})
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
@@ -102,42 +104,42 @@ class HeadDrafter:
         scratch = range(first, first + self._scratch_pages)
         return Growth(view, PageRun(pages=[*held, *scratch]), GrowingTree(self._options.width), depth)
 
-    def _level(self, working: dict[int, Growth], known: "_Known") -> Outputs:
+    def _level(self, working: dict[int, Growth], places: "_Places") -> Outputs:
         """What `HeadPasses.run` gives for all nodes to be expanded, slot by slot."""
         runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in working.values()]
-        if known.outputs is None:
-            before = torch.cat([self._entries.before(growth.view.slot) for growth in working.values()])
-        else:
-            parents = {i: growth.tree.expanded.parents[-growth.tree.num_new :] for i, growth in working.items()}
-            before = known.of(parents)
-        return self._passes.run(runs, before)
+        return self._passes.run(runs, places.before(working), places.take(working))
 
 
-class _Known:
-    """The head's outputs for all nodes of all trees of a draft.
+class _Places:
+    """Which rows of the table of features belong to the nodes of all trees of a draft; a slot's own row has its number.
 
-    Attributes:
-        outputs: [R, H]; None before the first level.
+    Args:
+        first: the first row for nodes.
     """
 
-    def __init__(self) -> None:
-        self.outputs: torch.Tensor | None = None
-        self._rows: dict[int, np.ndarray] = {}  # by tree, rows of its root and expanded nodes
+    def __init__(self, first: int) -> None:
+        self._next = first
+        self._rows: dict[int, np.ndarray] = {}  # by tree, of its root and expanded nodes
 
-    def add(self, outputs: torch.Tensor, counts: Mapping[int, int]) -> None:
-        """The newest level's, [M, H], so many of each tree."""
-        row = 0 if self.outputs is None else len(self.outputs)
-        self.outputs = outputs if self.outputs is None else torch.cat([self.outputs, outputs])
-        for index, count in counts.items():
-            new = np.arange(row, row + count)
+    def before(self, working: Mapping[int, Growth]) -> np.ndarray:
+        """[M] int64 row of the token before each node to be expanded: of a root the slot's."""
+        return np.concatenate([self._before(index, growth) for index, growth in working.items()])
+
+    def _before(self, index: int, growth: Growth) -> np.ndarray:
+        tree = growth.tree
+        if not tree.num_new:
+            return np.array([growth.view.slot])
+        rows: np.ndarray = self._rows[index][tree.expanded.parents[-tree.num_new :] + 1]
+        return rows
+
+    def take(self, working: Mapping[int, Growth]) -> int:
+        """Gives a level's nodes rows, tree by tree; returns the first."""
+        first = self._next
+        for index, growth in working.items():
+            new = np.arange(self._next, self._next + growth.num_rows)
             self._rows[index] = np.concatenate([self._rows[index], new]) if index in self._rows else new
-            row += count
-
-    def of(self, nodes: Mapping[int, np.ndarray]) -> torch.Tensor:
-        """[M, H] of some nodes of trees, -1 the root."""
-        assert self.outputs is not None
-        rows = np.concatenate([self._rows[index][own + 1] for index, own in nodes.items()])
-        return self.outputs[torch.from_numpy(rows).to(self.outputs.device)]
+            self._next += growth.num_rows
+        return first
 
 
 def _root_run(growth: Growth) -> Run:

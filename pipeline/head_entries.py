@@ -24,12 +24,14 @@ class HeadEntries:
 
     Args:
         cache: over the target's pages, and more.
+        features: [num_slots or more, H]; the row of each slot will hold the feature of its newest token with an entry.
     """
 
-    def __init__(self, head: DraftHead, cache: PagedCache) -> None:
+    def __init__(self, head: DraftHead, cache: PagedCache, features: torch.Tensor) -> None:
         self._head = head
         self._cache = cache
-        self._before: dict[int, torch.Tensor] = {}  # by slot, [1, H] feature of the newest token with an entry
+        self._features = features
+        self._known: set[int] = set()  # slots whose rows are set
         self._newest: dict[int, int] = {}  # by slot, the waiting row of its newest token
         self._carried: list[torch.Tensor] = []  # features that waiting rows refer to
         self._states: list[torch.Tensor] = []
@@ -38,15 +40,11 @@ class HeadEntries:
 
     def knows(self, slot: int) -> bool:
         """Whether anything of the slot has been committed."""
-        return slot in self._newest or slot in self._before
-
-    def before(self, slot: int) -> torch.Tensor:
-        """[1, H] feature of the slot's newest committed token, once nothing is waiting."""
-        return self._before[slot]
+        return slot in self._newest or slot in self._known
 
     def release(self, slot: int) -> None:
         """The slot's next tokens belong to another request. What is waiting may be shared and still gets written."""
-        self._before.pop(slot, None)
+        self._known.discard(slot)
         self._newest.pop(slot, None)
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -80,9 +78,9 @@ class HeadEntries:
         if (newest := self._newest.get(slot)) is not None:
             return newest
         # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy.
-        if (before := self._before.get(slot)) is None:
+        if slot not in self._known:
             return _NOTHING
-        self._carried.append(before)
+        self._carried.append(self._features[slot : slot + 1])  # changes when nothing waits any more
         return _NOTHING - len(self._carried)
 
     def write(self) -> None:
@@ -103,7 +101,10 @@ class HeadEntries:
             places, key, value = places[kept], key[kept], value[kept]
         self._cache.place(places)
         self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
-        self._before |= {slot: fused[row : row + 1].clone() for slot, row in self._newest.items()}
+        if self._newest:
+            newest = torch.tensor([list(self._newest), list(self._newest.values())], device=fused.device)
+            self._features.index_copy_(0, newest[0], fused[newest[1]])
+        self._known |= self._newest.keys()
         self._newest.clear()
         for waiting in (self._carried, self._states, self._rows):
             waiting.clear()

@@ -1,6 +1,7 @@
 """A packed row at fixed places on the device, padded to one of a few sizes, as captured graphs want it."""
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +35,24 @@ class StaticRow:
         trash: a pool token index that belongs to nobody; padding writes there.
         num_runs: most runs of a row.
         has_windows: whether attention asks for positions.
+        fills: of further numbers that come with every row, what stands for them in padding.
     """
 
-    def __init__(self, fold: int, trash: int, device: torch.device, num_runs: int, *, has_windows: bool) -> None:
+    def __init__(
+        self,
+        fold: int,
+        trash: int,
+        device: torch.device,
+        num_runs: int,
+        *,
+        has_windows: bool,
+        fills: Sequence[int] = (),
+    ) -> None:
         self._rows_per_tile = rows_per_tile(fold)
-        self._trash = trash
         self._num_runs = num_runs
         self._has_windows = has_windows
-        self._ids = Staged((4 * _MOST,), torch.int64, device)  # token, position, write index, logits index
+        self._fills = (0, 0, trash, 0, *fills)  # of token, position, write index, logits index and what is further
+        self._ids = Staged((len(self._fills) * _MOST,), torch.int64, device)
         self._tiles = Staged((_MOST, NUM_COLUMNS), torch.int32, device)
         self._pages = Staged((_MOST_PAGES,), torch.int32, device)
         self._positions = Staged((_MOST_NODES,), torch.int32, device)
@@ -56,8 +67,12 @@ class StaticRow:
         few = _size_of(min(self._num_runs, _MOST))
         return Size(rows, tiles, few if num_logits <= few < rows else rows)
 
-    def put(self, row: PackedRow) -> Size | None:
-        """Makes a row, packed on the CPU, the next one; None if there is no room for it."""
+    def put(self, row: PackedRow, further: Sequence[np.ndarray] = ()) -> Size | None:
+        """Makes a row, packed on the CPU, the next one; None if there is no room for it.
+
+        Args:
+            further: [C] int64 each, as many as there are further `fills`.
+        """
         num_rows, num_logits = row.token_ids.shape[1], len(row.logits_index)
         fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
         if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
@@ -65,12 +80,11 @@ class StaticRow:
         if self._read is not None:
             self._read.synchronize()  # passes without logits end without waiting for the device
         size = self._size(num_rows, num_logits)
-        ids = self._ids.host[: 4 * size.num_rows].reshape(4, size.num_rows)
-        ids[:] = 0
-        ids[2] = self._trash
-        parts = (row.token_ids[0], row.position_ids[0], row.write_index, row.logits_index)
-        for line, values in zip(ids, parts, strict=True):
-            line[: len(values)] = values.numpy()
+        own = (row.token_ids[0], row.position_ids[0], row.write_index, row.logits_index)
+        lines = self._ids.host[: len(self._fills) * size.num_rows].reshape(-1, size.num_rows)
+        for line, values, fill in zip(lines, [*(part.numpy() for part in own), *further], self._fills, strict=True):
+            line[: len(values)] = values
+            line[len(values) :] = fill
         tiles = tiles_of(row, self._rows_per_tile)
         self._tiles.host[: size.num_tiles] = 0
         self._tiles.host[: len(tiles)] = tiles
@@ -91,14 +105,20 @@ class StaticRow:
 
     def fetch(self, size: Size) -> None:
         """Copies what `put` made to the device; the first step of what is captured."""
-        self._ids.send(4 * size.num_rows)
+        self._ids.send(len(self._fills) * size.num_rows)
         self._tiles.send(size.num_tiles)
 
     def ids(self, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids, positions and write index, [rows] each, and logits index [rows with logits], int64."""
-        ids = self._ids.device[: 4 * size.num_rows].view(4, size.num_rows)
-        token_ids, positions, write_index, logits_index = ids
+        token_ids, positions, write_index, logits_index = self._lines(size)[:4]
         return token_ids, positions, write_index, logits_index[: size.num_logits]
+
+    def further(self, size: Size) -> torch.Tensor:
+        """[further numbers, rows] int64."""
+        return self._lines(size)[4:]
+
+    def _lines(self, size: Size) -> torch.Tensor:
+        return self._ids.device[: len(self._fills) * size.num_rows].view(-1, size.num_rows)
 
     def tiles(self, size: Size) -> Tiles:
         """Attention's work."""
