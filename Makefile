@@ -2,6 +2,7 @@
 # make demo    the main job on examples/prompts.jsonl; a second run finds everything done
 # make check   lint, format, types
 # make test    the tests
+# make gpu-check PROMPTS=... [MODEL=...] [RECORDING=...]   equality and speed on a GPU
 # make check and make test are what CI runs.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -13,7 +14,7 @@ INSTALLED := .venv/installed-$(EXTRA)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PACKAGES := pipeline actors datastore jobs
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check gpu-check
 
 setup: $(INSTALLED)
 
@@ -39,3 +40,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(PACKAGES)
+
+# On a machine with a GPU and the little that benchmarks.gpu_check names, without `make setup`; 8 minutes at most.
+MODEL ?= smollm2-135m
+gpu-check:
+	@test -n "$(PROMPTS)" || { echo 'make: name files of prompts: make gpu-check PROMPTS="a.jsonl b.jsonl"' >&2; exit 1; }
+	$(PYTHON) -m benchmarks.gpu_check --model $(MODEL) --prompts $(PROMPTS) \
+		$(if $(RECORDING),--recording $(RECORDING)) --output benchmarks/results/gpu_check.json

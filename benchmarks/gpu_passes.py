@@ -63,16 +63,20 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "context": options.context}
     results["differences"] = [_differences(device, context) for context in (0, 17, 300)]
     print(results["differences"], file=sys.stderr, flush=True)
-    results["ceilings"] = _ceilings(device)
+    results["ceilings"] = ceilings(device)
     print(results["ceilings"], file=sys.stderr, flush=True)
-    results["shapes"] = {name: _curve(name, device, options) for name in options.shapes}
+    results["shapes"] = {
+        name: curve(name, device, options.slots, options.nodes, options.context, options.most_rows, options.profile)
+        for name in options.shapes
+    }
     text = json.dumps(results, indent=1)
     print(text)
     if options.output:
         options.output.write_text(text + "\n")
 
 
-def _model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+def random_model(name: str, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """One of `SHAPES`, the same weights each time on one kind of device."""
     config = LlamaConfig(**SHAPES[name], **SIZES[name], tie_word_embeddings=name != "llama-8b")
     config.dtype = dtype
     torch.manual_seed(0)
@@ -109,7 +113,7 @@ def _target(model: LlamaForCausalLM, slots: int, context: int, nodes: int, *, is
 
 def _differences(device: torch.device, context: int) -> dict[str, Any]:
     """The largest difference between logits of both kinds of passes and those of the CPU, in fp32, and their spread."""
-    model = _model("tiny", torch.device("cpu"), torch.float32)
+    model = random_model("tiny", torch.device("cpu"), torch.float32)
     runs = [*_runs(3, 13, context, 512), *_runs(2, 0, context, 512, 40)]
     chunk = 45
     held = PageRun(pages=list(range(100, 100 + -(-(context + chunk) // _PAGE))))
@@ -131,7 +135,8 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
     return found
 
 
-def _ceilings(device: torch.device) -> dict[str, float]:
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Bytes a second of copies and operations a second of matrix products; nothing without CUDA."""
     if device.type != "cuda":
         return {}
     data = torch.randn(1 << 30, device=device, dtype=torch.bfloat16)
@@ -160,43 +165,50 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _curve(name: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    models = {kind: _model(name, device, torch.bfloat16) for kind in ("eager", "graph")}  # one is compiled in parts
+def curve(
+    name: str,
+    device: torch.device,
+    slots: Sequence[int],
+    nodes: Sequence[int],
+    context: int = 512,
+    most_rows: int = 1024,
+    profile_to: Path | None = None,
+) -> dict[str, Any]:
+    """Milliseconds of passes and drafts of one of `SHAPES`, and the rate at which passes read weights and cache."""
+    models = {kind: random_model(name, device, torch.bfloat16) for kind in ("eager", "graph")}  # one compiled in parts
     model = models["graph"]
     vocabulary = model.config.vocab_size
     weights = sum(parameter.numel() for parameter in model.parameters()) * 2
     points = []
-    for slots in options.slots:
+    for num_slots in slots:
         targets = {
-            kind: _target(models[kind], slots, options.context, max(options.nodes), is_static=kind == "graph")
+            kind: _target(models[kind], num_slots, context, max(nodes), is_static=kind == "graph")
             for kind in ("eager", "graph")
         }
-        per_token = targets["graph"].cache.shape.bytes_per_token
-        for nodes in options.nodes:
-            if slots * (nodes + 1) > options.most_rows:
+        read = weights + num_slots * context * targets["graph"].cache.shape.bytes_per_token
+        for count in nodes:
+            if num_slots * (count + 1) > most_rows:
                 continue
-            runs = _runs(slots, nodes, options.context, vocabulary)
-            point: dict[str, Any] = {"slots": slots, "nodes": nodes}
+            runs = _runs(num_slots, count, context, vocabulary)
+            point: dict[str, Any] = {"slots": num_slots, "nodes": count}
             for kind, target in targets.items():
-                if kind == "eager" and nodes not in (0, 7):
+                if kind == "eager" and count not in (0, 7):
                     continue
-                seconds = _seconds(
-                    lambda target=target, runs=runs: target.forward(runs).logits.argmax(-1).cpu(), device
-                )
+                seconds = _seconds(lambda target=target, runs=runs: _greedy(target, runs), device)
                 point[f"{kind}_ms"] = round(1000 * seconds, 3)
-            read = weights + slots * options.context * per_token
             point["tb_s"] = round(read / point["graph_ms"] / 1e9, 3)
             points.append(point)
             print(name, point, file=sys.stderr, flush=True)
-        if options.profile and slots == options.slots[0]:
-            _profile(name, targets["graph"], _runs(slots, 7, options.context, vocabulary), options.profile)
+        if profile_to and num_slots == slots[0]:
+            _profile(name, targets["graph"], _runs(num_slots, 7, context, vocabulary), profile_to)
         del targets
-    found = {"weights_gb": round(weights / 1e9, 3), "passes": points, "drafts": _drafts(model, device, options)}
+    found = {"weights_gb": round(weights / 1e9, 3), "passes": points}
+    found["drafts"] = _drafts(model, device, slots, context)
     print(name, found["drafts"], file=sys.stderr, flush=True)
     return found
 
 
-def _drafts(model: LlamaForCausalLM, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _drafts(model: LlamaForCausalLM, device: torch.device, slots: Sequence[int], context: int) -> list[dict[str, Any]]:
     """Milliseconds of a draft in full with a random head, of five levels."""
     config = model.config
     head_config = HeadConfig.for_target(model, "random", _HEAD_VOCABULARY, 16)
@@ -204,21 +216,19 @@ def _drafts(model: LlamaForCausalLM, device: torch.device, options: argparse.Nam
     output = model.get_output_embeddings().weight.detach()
     token_ids = torch.arange(min(_HEAD_VOCABULARY, config.vocab_size), device=device)
     rows = []
-    for slots in options.slots:
+    for num_slots in slots:
         with torch.device(device):
             head = DraftHead(head_config, embedding, output, token_ids).to(device, embedding.dtype).eval()
-        pages = -(-(options.context + 2) // _PAGE)
-        row: dict[str, Any] = {"slots": slots}
+        pages = -(-(context + 2) // _PAGE)
+        row: dict[str, Any] = {"slots": num_slots}
         for is_static in (False, True):
-            drafter = HeadDrafter(head, slots * pages, _PAGE, slots, DraftOptions(), is_static=is_static)
+            drafter = HeadDrafter(head, num_slots * pages, _PAGE, num_slots, DraftOptions(), is_static=is_static)
             views = []
-            for slot in range(slots):
-                tokens = (
-                    np.random.default_rng(slot).integers(0, config.vocab_size, options.context + 1).astype(np.int32)
-                )
+            for slot in range(num_slots):
+                tokens = np.random.default_rng(slot).integers(0, config.vocab_size, context + 1).astype(np.int32)
                 held = PageRun(pages=list(range(slot * pages, (slot + 1) * pages)))
                 views.append(SlotView(slot, tokens, 8, pages=held))
-                states = torch.randn(options.context, 3 * config.hidden_size, device=device, dtype=embedding.dtype)
+                states = torch.randn(context, 3 * config.hidden_size, device=device, dtype=embedding.dtype)
                 drafter.commit([Committed(slot, held, 0, tokens[:-1])], states)
             seconds = _seconds(lambda drafter=drafter, views=views: drafter.draft(views, FullPace()), device, 7)
             row["graph_ms" if is_static else "eager_ms"] = round(1000 * seconds, 3)

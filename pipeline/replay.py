@@ -90,6 +90,19 @@ class Recording:
     costs: Costs
     vocab_size: int
 
+    def requests(self, passages: Sequence[tuple[np.ndarray, ...]] = ()) -> list[Request]:
+        """The recorded requests; they end where their outputs did.
+
+        Args:
+            passages: found for each, see `Request`; none if empty.
+        """
+        found = passages or [()] * len(self.prompts)
+        rows = zip(self.prompts, self.outputs, self.seeds, found, strict=True)
+        return [
+            Request(row, prompt, replace(self.params, max_new_tokens=len(output), ignore_eos=True), seed, texts)
+            for row, (prompt, output, seed, texts) in enumerate(rows)
+        ]
+
     def save(self, path: Path) -> None:
         """One .npz file, whole or absent.
 
@@ -204,21 +217,43 @@ class RecordedDrafter:
             rows = sum(growth.num_rows for growth in working.values())
             self._clock.now += costs.level_fixed + costs.level_row * rows
             for growth in working.values():
-                growth.tree.grow(*self._candidates(growth))
+                growth.tree.grow(*candidates(self._recording, growth))
         return Draft(drafted(growths, len(views), options))
 
-    def _candidates(self, growth: Growth) -> tuple[np.ndarray, np.ndarray]:
-        """What the draft model said after each node of the frontier, [F, k]; -inf where it was not asked."""
-        recorded = self._recording.drafts[draft_key(growth.view.tokens, growth.view.seed)]
-        tree = growth.tree
-        places = places_in(recorded.tokens, recorded.parents, tree.tokens, tree.parents)[tree.frontier + 1]
-        children = [np.flatnonzero(recorded.parents == place) for place in places]
-        logprobs = np.full((len(children), self._recording.options.branches), -np.inf, np.float32)
-        tokens = np.zeros(logprobs.shape, np.int64)
-        for row, nodes in enumerate(children):
-            logprobs[row, : len(nodes)] = recorded.logprobs[nodes]
-            tokens[row, : len(nodes)] = recorded.tokens[nodes]
+
+def candidates(recording: Recording, growth: Growth) -> tuple[np.ndarray, np.ndarray]:
+    """What the draft model said after each node of the frontier: log-probabilities and tokens, [F, k]; -inf where it
+    was not asked."""
+    tree = growth.tree
+    logprobs = np.full((len(tree.frontier), recording.options.branches), -np.inf, np.float32)
+    tokens = np.zeros(logprobs.shape, np.int64)
+    recorded = recording.drafts.get(draft_key(growth.view.tokens, growth.view.seed))
+    if recorded is None:
         return logprobs, tokens
+    places = places_in(recorded.tokens, recorded.parents, tree.tokens, tree.parents)[tree.frontier + 1]
+    for row, place in enumerate(places):
+        nodes = np.flatnonzero(recorded.parents == place)
+        logprobs[row, : len(nodes)] = recorded.logprobs[nodes]
+        tokens[row, : len(nodes)] = recorded.tokens[nodes]
+    return logprobs, tokens
+
+
+def choices_along(tree: TokenTree, output: Sequence[int]) -> list[int]:
+    """A target's choice after the root and after each node, [N + 1]; -1 where it is not asked.
+
+    Args:
+        output: all that it will say from here, at least one token.
+    """
+    said = [-1] * (len(tree) + 1)
+    said[0] = output[0]
+    node = -1
+    for place, token in enumerate(output[:-1]):
+        right = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
+        if not len(right):
+            break
+        node = int(right[0])
+        said[node + 1] = output[place + 1]
+    return said
 
 
 class _NoText:
@@ -264,18 +299,8 @@ class ReplayEngine(Engine):
         super().__init__(cast(Target, target), _NoText(), eos, proposers, acceptance, engine, times, clock=self.clock)
 
     def requests(self, passages: Sequence[tuple[np.ndarray, ...]] = ()) -> list[Request]:
-        """The recorded requests; they end where their outputs did.
-
-        Args:
-            passages: found for each, see `Request`; none if empty.
-        """
-        recording = self._recording
-        found = passages or [()] * len(recording.prompts)
-        rows = zip(recording.prompts, recording.outputs, recording.seeds, found, strict=True)
-        return [
-            Request(row, prompt, replace(recording.params, max_new_tokens=len(output), ignore_eos=True), seed, texts)
-            for row, (prompt, output, seed, texts) in enumerate(rows)
-        ]
+        """See `Recording.requests`."""
+        return self._recording.requests(passages)
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         self._scheduler.take_copies()
@@ -291,19 +316,10 @@ class ReplayEngine(Engine):
         return Forward(torch.empty(0), begins), Choices(np.array(choices, np.int64), None)
 
     def _said(self, item: Work) -> list[int]:
-        """The target's choice after the root and after each node; -1 where it was never asked."""
-        tree, slot = item.run.tree, item.slot
-        output = self._recording.outputs[slot.request.request_id][slot.num_output :]
-        said = [-1] * (len(tree) + 1)
-        said[0] = output[0]
-        node = -1
-        for place, token in enumerate(output[:-1]):
-            right = np.flatnonzero((tree.parents == node) & (tree.tokens == token))
-            if not len(right):
-                break
-            node = int(right[0])
-            said[node + 1] = output[place + 1]
-        along = [token for token in said if token >= 0]
+        """The target's choice after the root and after each node."""
+        slot = item.slot
+        said = choices_along(item.run.tree, self._recording.outputs[slot.request.request_id][slot.num_output :])
         if slot.num_output and self._on_round is not None:
-            self._on_round(self._proposed[slot.number], tree, np.array(along), slot.request.params)
+            along = np.array([token for token in said if token >= 0])
+            self._on_round(self._proposed[slot.number], item.run.tree, along, slot.request.params)
         return said

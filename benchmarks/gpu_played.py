@@ -1,0 +1,124 @@
+"""Rounds of a model with random weights that say what another model said: its time, the other's acceptance.
+
+Every pass of the target and of its draft head is computed and waited for; then choices and candidates are replaced by
+a recording's. So tokens a second are those that a trained pair of this shape, as predictable as the recorded one, would
+have. Corpus lookups are replayed, too; the context is searched for real.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.recorded_lookups import RecordedLookups
+from pipeline.acceptance import AcceptanceTable
+from pipeline.assemble import PAGE_SIZE, measure_step_times
+from pipeline.economy import Economy
+from pipeline.engine import Engine, EngineConfig
+from pipeline.growth import Growth
+from pipeline.head import HeadConfig
+from pipeline.head_drafter import HeadDrafter
+from pipeline.head_files import new_head
+from pipeline.head_pass import Outputs
+from pipeline.methods import build, method_named
+from pipeline.replay import Recording, candidates, choices_along
+from pipeline.request import Request
+from pipeline.sampling import Choices
+from pipeline.scheduler import Work
+from pipeline.target import Forward, Target
+
+RECORDING, LOOKUPS = "recording.npz", "lookups.npz"
+_DRAFT_VOCABULARY = 32768
+_RANK = 16
+_MARGIN_PAGES = 4  # a slot's tree, beyond its known tokens
+
+
+def read(directory: Path) -> tuple[Recording, RecordedLookups]:
+    """What `benchmarks.gpu_recording` wrote; raises InputError, OSError."""
+    return Recording.load(directory / RECORDING), RecordedLookups.load(directory / LOOKUPS)
+
+
+class PlayedEngine(Engine):
+    """An engine whose passes are real and whose tokens are a recording's; request ids count through it in circles."""
+
+    recording: Recording
+
+    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+        forward, choices = super()._verify(work)
+        token_ids = np.array(choices.token_ids)
+        for item, begin in zip(work, forward.begin, strict=True):
+            if begin >= 0:
+                slot = item.slot
+                output = self.recording.outputs[slot.request.request_id % len(self.recording.outputs)]
+                said = choices_along(item.run.tree, output[slot.num_output :])
+                token_ids[begin : begin + len(said)] = said
+        return forward, Choices(token_ids, None)
+
+
+class _PlayedHead(HeadDrafter):
+    recording: Recording
+
+    def _level(self, working: dict[int, Growth], places: Any) -> Outputs:
+        logits, top = super()._level(working, places)
+        top.cpu()  # as a round waits for it
+        found = [candidates(self.recording, growth) for growth in working.values()]
+        logprobs, tokens = (np.concatenate(part) for part in zip(*found, strict=True))
+        bits = logprobs.astype(np.float32).view(np.int32)
+        return logits, torch.from_numpy(np.stack([bits, tokens.astype(np.int32)], axis=1))
+
+
+def played_engine(
+    model: PreTrainedModel,
+    recording: Recording,
+    method_name: str,
+    num_slots: int,
+    lookups: RecordedLookups,
+    *,
+    budget: int | None = None,
+    is_static: bool | None = None,
+) -> PlayedEngine:
+    """An engine over a model of any shape whose vocabulary holds the recording's.
+
+    Args:
+        recording: of greedy generations.
+        budget: see `pipeline.engine.EngineConfig`.
+        is_static: see `pipeline.target.Target`.
+    """
+    assert recording.params.is_greedy and recording.vocab_size <= model.config.get_text_config().vocab_size
+    method = method_named(method_name, {"draft", "corpus"})
+    longest = max(len(p) + len(o) for p, o in zip(recording.prompts, recording.outputs, strict=True)) + 1
+    num_pages = num_slots * (-(-longest // PAGE_SIZE) + _MARGIN_PAGES)
+    target = Target(model, num_pages, PAGE_SIZE, num_slots, is_static=is_static)
+    drafter = None
+    if "draft" in method.sources:
+        shape = HeadConfig.for_target(model, "random", _DRAFT_VOCABULARY, _RANK)
+        head = new_head(model, shape, torch.arange(shape.draft_vocab_size)).to(model.dtype).eval()
+        target.read_states(shape.depths)
+        drafter = _PlayedHead(head, num_pages, PAGE_SIZE, num_slots, recording.options, is_static=is_static)
+        drafter.recording = recording
+    times = measure_step_times(target, num_slots) if method.sources and budget is None else None
+    economy = None if times is None else Economy(times, recording.options.depth)
+    acceptance = AcceptanceTable()
+    searchers = (lookups,) if "corpus" in method.sources else ()
+    proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter, economy)
+    config = EngineConfig(num_slots, budget if method.sources else 0, prefill_chunk=512, max_context=longest)
+    engine = PlayedEngine(target, _NoText(), (), proposers, acceptance, config, times)
+    engine.recording = recording
+    return engine
+
+
+def played_requests(recording: Recording, count: int) -> list[Request]:
+    """So many of the recording's requests, over and over."""
+    once = recording.requests()
+    return [
+        Request(row, again.prompt_ids, again.params, again.seed)
+        for row, again in ((row, once[row % len(once)]) for row in range(count))
+    ]
+
+
+class _NoText:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str | list[str]:
+        return ""
