@@ -104,6 +104,7 @@ class Job:
         bound = bind(self._plan, info)
         self._attempts[-1].setdefault("replicas", []).append(asdict(info))
         self._plan = bound
+        self._log.keep_progress(bound.fingerprint)
         self._write_plan()
 
     def progressed(self, stats: ShardStats) -> None:
@@ -116,6 +117,12 @@ class Job:
         self._total += commit.stats
         self._run_stats += commit.stats
         self._metrics.committed(commit.rows)
+        if commit.stats.resumed_rows:
+            log.info(
+                "shard %d: %d of its %d rows were safe from an earlier attempt",
+                *(commit.shard, commit.stats.resumed_rows, commit.rows),
+                extra={"shard": commit.shard, "resumed_rows": commit.stats.resumed_rows},
+            )
         log.debug(
             "shard %d is committed: %d rows, %d errors",
             *(commit.shard, commit.rows, commit.stats.errors),
