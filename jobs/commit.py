@@ -8,6 +8,10 @@
 On an object store a part is put at its final key at once; see `jobs.object_storage`. A shard is done if and only if
 its commit record exists. Until then the next attempt at it begins with its progress, which is removed afterwards; see
 `actors.shard_progress`. Anything else is debris of a crash, and is removed.
+
+A commit can be taken back so that failed rows are tried again: first the rows that are fine become progress, then the
+record goes. On an object store, which has no removal on a condition, it stays until a new one replaces it, and a crash
+before that leaves the shard as it was.
 """
 
 import logging
@@ -129,6 +133,12 @@ class CommitLog:
                 self._storage.remove_progress([result.shard])
         self._commits[result.shard] = recorded
         return recorded
+
+    def reopen(self, shard: int) -> None:
+        """Take a commit back: its shard is unfinished again. The rows to keep must be in its progress by now."""
+        with self._lease.held():
+            self._storage.retire(record_key(shard))
+        del self._commits[shard]
 
     def discard(self, result: ShardResult) -> None:
         """Remove a part file that is not to be committed; raises JobError."""

@@ -20,6 +20,7 @@ _TABLE = (
     ("errors", "  errors"),
     ("resumed_shards", "shards from earlier runs"),
     ("resumed_rows", "rows of others that were safe"),
+    ("retried_rows", "failed rows tried again"),
     ("seconds", "seconds"),
     ("generating_seconds", "  of these generating"),
     ("tokens", "tokens of this run"),

@@ -81,7 +81,7 @@ class Storage(Protocol):
         """Create a file with JSON only if there is none, or one that was retired; False if there is another."""
 
     def retire(self, key: str) -> None:
-        """A record was found to be untrue, as it was last read: make room for another."""
+        """A record is untrue, or is to be replaced, as it was last read: make room for another."""
 
     def part_path(self, shard: int, attempt: int) -> str:
         """Where a replica writes the part file of an attempt at a shard."""
@@ -194,7 +194,9 @@ class LocalStorage:
         return True
 
     def retire(self, key: str) -> None:
-        (self.directory / key).unlink()
+        with writing(self.directory / key):
+            (self.directory / key).unlink()
+            fsync((self.directory / key).parent)
 
     def part_path(self, shard: int, attempt: int) -> str:
         return str((self.directory / "_tmp" / f"{shard:06d}.{attempt:06d}.parquet").absolute())
