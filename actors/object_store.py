@@ -134,6 +134,10 @@ class ObjectStore:
         found = self._listing(folder)
         return sorted((_entry(meta) for meta in found["objects"]), key=lambda entry: entry.name)
 
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders right in a folder; raises ObjectStoreError."""
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in self._listing(folder)["common_prefixes"])
+
     def write(self, key: str, data: bytes) -> Version:
         """Put an object, whatever was there; raises ObjectStoreError."""
         try:

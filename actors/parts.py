@@ -32,9 +32,12 @@ class PartFile:
 class PartWriter:
     """Collects the output rows of one shard, in any order, and writes them once.
 
+    Attributes:
+        schema: of the file.
+
     Args:
         path: final, absolute path or URI; nothing appears there before the file is complete and synced.
-        schema: serialised pyarrow schema of the file.
+        schema: of the file, serialised.
 
     Raises:
         ConfigError: a URI that cannot be used from here.
@@ -44,7 +47,7 @@ class PartWriter:
         self._path = path
         # Opened before the rows are generated: a node that cannot reach the store should say so early.
         self._store: ObjectStore | None = open_store(split(path)[0]) if is_uri(path) else None
-        self._schema = pa.ipc.read_schema(pa.py_buffer(schema))
+        self.schema = pa.ipc.read_schema(pa.py_buffer(schema))
         self._records: list[Record] = []
         self._stats = ShardStats()
 
@@ -69,7 +72,7 @@ class PartWriter:
             JobError: the file cannot be written; no half file stays behind.
         """
         self._records.sort(key=lambda record: (record["row_index"], record["sample"]))
-        table = pa.Table.from_pylist(self._records, schema=self._schema)
+        table = pa.Table.from_pylist(self._records, schema=self.schema)
         try:
             if self._store is not None:
                 return _put(table, self._store, split(self._path)[1])

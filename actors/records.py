@@ -74,6 +74,13 @@ def result_fields(*, logprobs: bool) -> list[tuple[str, pa.DataType]]:
     return [*_RESULT_FIELDS, *([_LOGPROBS_FIELD] if logprobs else []), *_STATUS_FIELDS]
 
 
+def generated_schema(part: pa.Schema) -> pa.Schema:
+    """The columns of a part file that only a generation can fill, and those that name a row."""
+    status = {name for name, _ in _STATUS_FIELDS}
+    names = {name for name, _ in result_fields(logprobs=True)} - status | {"row_index", "sample"}
+    return pa.schema([field for field in part if field.name in names])
+
+
 def generated_record(row: InputRow, sample: int, seed: int, generation: Generation) -> Record:
     """Row of a finished sample; `row.extra` already carries output names.
 
@@ -105,6 +112,15 @@ def failed_record(row: InputRow, sample: int, seed: int, failure: RowFailure) ->
         "error_type": failure.error_type,
         "error_message": failure.message,
     }
+
+
+def restored_record(row: InputRow, sample: int, seed: int, generated: Record) -> Record:
+    """Row of a sample that was finished before.
+
+    Args:
+        generated: its values of `generated_schema`; see `generated_record` for the others.
+    """
+    return {**_shared_fields(row, sample, seed), **generated, "status": "ok"}
 
 
 def _shared_fields(row: InputRow, sample: int, seed: int) -> Record:

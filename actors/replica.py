@@ -10,16 +10,16 @@ import platform
 import threading
 import time
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from actors.loaded import Loaded, load
 from actors.loop import EngineLoop, Outcome
 from actors.metrics import ReplicaMetrics
-from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.replica_config import ReplicaConfig
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
+from actors.shard_output import ShardOutput
 from pipeline.errors import JobError, RowError
 from pipeline.noise import row_seed
 from pipeline.request import Generation, Request
@@ -72,38 +72,44 @@ class Replica:
         )
 
     def run_shard(self, task: ShardTask) -> ShardResult:
-        """Generates all rows of a shard and writes its part file; concurrent calls share the slots.
+        """Generates the rows of a shard that no earlier attempt did, and writes its part file.
+
+        Concurrent calls share the slots.
 
         Raises:
             JobError: the part file cannot be written, or the engine failed.
         """
-        begin = time.perf_counter()
         loop, loaded = self._engine_loop, self._loaded
-        writer = PartWriter(task.part_path, task.schema)
+        output = ShardOutput(task)
         outcomes: SimpleQueue[Outcome] = SimpleQueue()
         pending: dict[int, _Sample] = {}
-        for first in range(0, len(task.rows), _SEARCHED_ROWS):
-            rows = task.rows[first : first + _SEARCHED_ROWS]
-            for row, passages in zip(rows, loaded.passages(rows), strict=True):
-                failure, prompt_ids = loaded.encode(row)
-                for k in range(self._config.num_samples):
-                    sample = _Sample(row, k, row_seed(self._config.seed, row.row_index, k))
+        unfinished = self._unfinished(task, output)
+        for first in range(0, len(unfinished), _SEARCHED_ROWS):
+            batch = unfinished[first : first + _SEARCHED_ROWS]
+            found = loaded.passages([samples[0].row for samples in batch])
+            for samples, passages in zip(batch, found, strict=True):
+                failure, prompt_ids = loaded.encode(samples[0].row)
+                for sample in samples:
                     if failure is not None:
-                        self._add(writer, sample, failure)
+                        self._add(output, sample, failure)
                         continue
                     request = Request(next(self._request_ids), prompt_ids, self._config.sampling, sample.seed, passages)
                     pending[request.request_id] = sample
                     loop.submit(request, outcomes)
         while pending:
-            outcome = outcomes.get()
+            try:
+                outcome = outcomes.get(timeout=output.seconds_left())
+            except Empty:
+                output.save_if_due()
+                continue
             if isinstance(outcome.result, JobError):
                 raise outcome.result
-            self._add(writer, pending.pop(outcome.request_id), outcome.result)
+            self._add(output, pending.pop(outcome.request_id), outcome.result)
         if loaded.sources is not None:
             misses = loaded.sources.misses.take()
-            writer.count(ShardStats(retrieval_misses=misses))
+            output.count(ShardStats(retrieval_misses=misses))
             self._metrics.missed(misses)
-        return finish_shard(task, writer, time.perf_counter() - begin)
+        return output.finish()
 
     def progress(self) -> ShardStats:
         """Totals of all rows finished since the start."""
@@ -123,14 +129,30 @@ class Replica:
             raise JobError("run_shard was called before start.")
         return self._loop
 
-    def _add(self, writer: PartWriter, sample: _Sample, result: Generation | RowError | RowFailure) -> None:
+    def _unfinished(self, task: ShardTask, output: ShardOutput) -> list[list[_Sample]]:
+        """Samples to generate, those of a row together; the others are taken over."""
+        unfinished = []
+        for row in task.rows:
+            samples = []
+            for k in range(self._config.num_samples):
+                sample = _Sample(row, k, row_seed(self._config.seed, row.row_index, k))
+                if (stats := output.resume(row, k, sample.seed)) is None:
+                    samples.append(sample)
+                    continue
+                with self._stats_lock:
+                    self._stats += stats
+            if samples:
+                unfinished.append(samples)
+        return unfinished
+
+    def _add(self, output: ShardOutput, sample: _Sample, result: Generation | RowError | RowFailure) -> None:
         if isinstance(result, Generation):
             record = generated_record(sample.row, sample.sample, sample.seed, result)
             self._loaded.keep(result)
         else:
             failure = RowFailure(result.error_type, str(result)) if isinstance(result, RowError) else result
             record = failed_record(sample.row, sample.sample, sample.seed, failure)
-        writer.add(record)
+        output.add(record)
         stats = stats_of(record)
         with self._stats_lock:
             self._stats += stats

@@ -43,6 +43,20 @@ class InputRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ProgressPlace:
+    """Where the finished rows of a shard are kept until it is committed; see `actors.shard_progress`.
+
+    Attributes:
+        path: absolute path of this attempt's file, or the URI with which its objects begin; those of other attempts at
+            the shard are beside it.
+        key: `actors.shard_progress.progress_key` of the job.
+    """
+
+    path: str
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ShardTask:
     """A fixed run of input rows, the unit of commit, sent to one replica.
 
@@ -50,6 +64,7 @@ class ShardTask:
         attempt: counts the tries of this shard over the job's whole life; part of the part file's name.
         part_path: absolute path of the part file to write, under OUTPUT/_tmp, or its final URI on an object store.
         schema: the part file's pyarrow schema, serialised with `pyarrow.Schema.serialize`.
+        progress: None keeps nothing of an attempt that does not come to its end.
     """
 
     shard: int
@@ -57,6 +72,7 @@ class ShardTask:
     rows: tuple[InputRow, ...]
     part_path: str
     schema: bytes
+    progress: ProgressPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +84,7 @@ class ShardStats:
         rounds: verification rounds; drafted, accepted: tree nodes verified and kept.
         accepted_by_source: `accepted` split by who proposed the token.
         retrieval_misses: rounds and searches for passages that a retrieval service did not answer in full and in time.
+        resumed_rows, resumed_tokens: output rows and their tokens that an earlier attempt at their shard had generated.
     """
 
     rows: int = 0
@@ -81,6 +98,8 @@ class ShardStats:
     accepted_by_source: Mapping[str, int] = field(default_factory=dict)
     samples_ok: int = 0
     retrieval_misses: int = 0
+    resumed_rows: int = 0
+    resumed_tokens: int = 0
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
         # Written out: a job adds once for every row and shard, and a driver for every replica at each look.
@@ -101,6 +120,8 @@ class ShardStats:
             accepted_by_source=by_source,
             samples_ok=self.samples_ok + other.samples_ok,
             retrieval_misses=self.retrieval_misses + other.retrieval_misses,
+            resumed_rows=self.resumed_rows + other.resumed_rows,
+            resumed_tokens=self.resumed_tokens + other.resumed_tokens,
         )
 
     @property
@@ -116,6 +137,7 @@ class ShardResult:
     Attributes:
         rows, bytes, sha256: of the part file at `path`.
         seconds: wall time from the task's arrival to the file's completion.
+        has_progress: whether there is progress of the shard, which its commit makes useless.
     """
 
     shard: int
@@ -126,6 +148,7 @@ class ShardResult:
     sha256: str
     stats: ShardStats
     seconds: float
+    has_progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)

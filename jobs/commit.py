@@ -3,14 +3,20 @@
     OUTPUT/_tmp/SHARD.ATTEMPT.parquet   by a replica, complete and synced
     OUTPUT/part-000000.parquet          promoted by the driver that holds the lease
     OUTPUT/_commits/000000.json         written last, created only if absent
+    OUTPUT/_progress/000000/ATTEMPT     by a replica, the rows that it has finished so far, every few seconds
 
 On an object store a part is put at its final key at once; see `jobs.object_storage`. A shard is done if and only if
-its commit record exists. Anything else is debris of a crash, and is removed.
+its commit record exists. Until then the next attempt at it begins with its progress, which is removed afterwards; see
+`actors.shard_progress`. Anything else is debris of a crash, and is removed.
+
+A commit can be taken back so that failed rows are tried again: first the rows that are fine become progress, then the
+record goes. On an object store, which has no removal on a condition, it stays until a new one replaces it, and a crash
+before that leaves the shard as it was.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,8 @@ from typing import Any
 import pyarrow as pa
 
 from actors.object_store import Entry, sizes
-from actors.rows import ShardResult, ShardStats
+from actors.rows import ProgressPlace, ShardResult, ShardStats
+from actors.shard_progress import progress_key
 from jobs.storage import COMMITS, HeldLease, Storage, open_storage, parse_json, read_plan
 from pipeline.errors import InputError, JobError
 
@@ -68,6 +75,7 @@ class CommitLog:
         self._storage = open_storage(output)
         self._lease = lease
         self._commits: dict[int, Commit] = {}
+        self._progress_key: bytes | None = None
 
     def open(self) -> dict[int, Commit]:
         """Read the commits and remove everything that none of them names; returns them by shard.
@@ -77,11 +85,26 @@ class CommitLog:
         """
         with self._lease.held():
             self._storage.sweep(self._read_intact)
+            self._storage.remove_progress(self._storage.progress_shards() & self._commits.keys())
         return dict(self._commits)
 
     def part_path(self, shard: int, attempt: int) -> str:
         """Where a replica writes this attempt at a shard."""
         return self._storage.part_path(shard, attempt)
+
+    def keep_progress(self, fingerprint: Mapping[str, Any]) -> None:
+        """From now on rows are kept that replicas finish of shards that are not committed.
+
+        Args:
+            fingerprint: of the job; only rows by a job of the same are taken over.
+        """
+        self._progress_key = progress_key(fingerprint)
+
+    def progress(self, shard: int, attempt: int) -> ProgressPlace | None:
+        """Where an attempt keeps them; None before `keep_progress`."""
+        if self._progress_key is None:
+            return None
+        return ProgressPlace(self._storage.progress_path(shard, attempt), self._progress_key)
 
     def commit(self, result: ShardResult) -> Commit:
         """Promote a finished part file and record it; a shard that is committed already stays as it is.
@@ -106,8 +129,16 @@ class CommitLog:
             if recorded is not commit:
                 log.warning("shard %d was committed by another driver already; its rows stay", result.shard)
                 self.discard(result)
+            if result.has_progress:
+                self._storage.remove_progress([result.shard])
         self._commits[result.shard] = recorded
         return recorded
+
+    def reopen(self, shard: int) -> None:
+        """Take a commit back: its shard is unfinished again. The rows to keep must be in its progress by now."""
+        with self._lease.held():
+            self._storage.retire(record_key(shard))
+        del self._commits[shard]
 
     def discard(self, result: ShardResult) -> None:
         """Remove a part file that is not to be committed; raises JobError."""

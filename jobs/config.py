@@ -50,6 +50,9 @@ class GenerateConfig(Options):
         ge=0.0,
         le=1.0,
     )
+    retry_errors: bool = option(
+        False, "input and output", "Try rows again that failed in an earlier run; those that are fine stay as they are."
+    )
     dry_run: bool = option(False, "input and output", "Print the plan and a memory estimate, then stop.")
     trace: str | None = option(
         None,

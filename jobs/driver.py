@@ -197,6 +197,7 @@ class Driver:
             rows=work.rows,
             part_path=self._commits.part_path(work.shard, attempt),
             schema=self._config.schema,
+            progress=self._commits.progress(work.shard, attempt),
         )
         seat.assign(replace(work, tries=work.tries + 1), task)
 

@@ -112,5 +112,6 @@ def _recorded_plan(output: Storage) -> dict[str, Any] | None:
 
 
 def _binding(recorded: Mapping[str, Any] | None, output: Storage) -> Mapping[str, Any] | None:
-    """A recorded plan binds once there is output made by it; before, a mistaken option can simply be corrected."""
-    return recorded if any(commit for commit, _ in read_commits(output)) else None
+    """A recorded plan binds once there are rows made by it; before, a mistaken option can simply be corrected."""
+    has_rows = output.progress_shards() or any(commit for commit, _ in read_commits(output))
+    return recorded if has_rows else None

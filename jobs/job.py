@@ -15,13 +15,14 @@ from jobs.backend import AUTO_SLOTS, Backend, Launch, Retrieving
 from jobs.cluster import connected, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
-from jobs.driver import Driver, DriverConfig
+from jobs.driver import ATTEMPTS_A_RUN, Driver, DriverConfig
 from jobs.files import write_json
 from jobs.inputs import Inputs
 from jobs.places import Places
 from jobs.plan import ModelFacts, Plan, bind, plan_record
 from jobs.progress import Progress
 from jobs.report import Clock, error_types, job_record, print_outcome
+from jobs.retry import reopen_failed
 from jobs.shards import open_shards
 from jobs.signals import StopSignals
 from jobs.storage import PLAN, REPORT, HeldLease, Storage, job_name
@@ -65,6 +66,7 @@ class Job:
         self._progress = Progress(plan.num_output_rows, is_quiet=config.quiet)
         self._total = ShardStats()
         self._run_stats = ShardStats()
+        self._retried_rows = 0
         self._ready_at: float | None = None
         self._replicas: set[int] = set()  # that have been ready once
         self._metrics: JobMetrics  # once Ray is there to take them
@@ -78,6 +80,8 @@ class Job:
         self._attempts = [*map(dict, attempts), self._attempt()]
         self._write_plan()
         self._commits = self._log.open()
+        if self._config.retry_errors:
+            self._reopen_failed()
         self._total = sum((commit.stats for commit in self._commits.values()), ShardStats())
         resumed = len(self._commits)
         if resumed:
@@ -104,6 +108,7 @@ class Job:
         bound = bind(self._plan, info)
         self._attempts[-1].setdefault("replicas", []).append(asdict(info))
         self._plan = bound
+        self._log.keep_progress(bound.fingerprint)
         self._write_plan()
 
     def progressed(self, stats: ShardStats) -> None:
@@ -116,6 +121,12 @@ class Job:
         self._total += commit.stats
         self._run_stats += commit.stats
         self._metrics.committed(commit.rows)
+        if commit.stats.resumed_rows:
+            log.info(
+                "shard %d: %d of its %d rows were safe from an earlier attempt",
+                *(commit.shard, commit.stats.resumed_rows, commit.rows),
+                extra={"shard": commit.shard, "resumed_rows": commit.stats.resumed_rows},
+            )
         log.debug(
             "shard %d is committed: %d rows, %d errors",
             *(commit.shard, commit.rows, commit.stats.errors),
@@ -129,6 +140,14 @@ class Job:
     def _exceeds_error_rate(self) -> bool:
         # Against all rows of the job, so that the order in which shards end does not matter.
         return self._total.errors > self._config.max_error_rate * self._plan.num_output_rows
+
+    def _reopen_failed(self) -> None:
+        self._log.keep_progress(self._plan.fingerprint)
+        attempt = (len(self._attempts) + 1) * ATTEMPTS_A_RUN - 1  # the last of this run, which no shard gets to
+        reopened = reopen_failed(self._commits, self._log, self._output, self._plan.schema, attempt)
+        self._retried_rows = sum(commit.stats.errors for commit in reopened)
+        for commit in reopened:
+            del self._commits[commit.shard]
 
     def _drive(self, inputs: Inputs) -> None:
         with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
@@ -189,6 +208,7 @@ class Job:
             "num_shards": self._plan.num_shards,
             "shards": len(self._commits),
             "resumed_shards": resumed,
+            "retried_rows": self._retried_rows,
             "error_types": error_types(self._output, self._commits.values()),
             "model": self._config.model,
             "method": self._retrieving.method,
@@ -214,7 +234,7 @@ class Job:
 
     def _attempt(self) -> dict[str, Any]:
         options: tuple[str, ...] = ("slots", "budget", "num_replicas", "num_threads", "prefill_chunk", "kv_memory")
-        options += ("device", "draft", "datastore", "live", "retrieval", "passages")
+        options += ("retry_errors", "device", "draft", "datastore", "live", "retrieval", "passages")
         return {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),

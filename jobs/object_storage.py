@@ -2,6 +2,7 @@
 
     URI/part-SHARD-ATTEMPT-RUN.parquet   put by a replica at its final key; RUN names one run of a driver
     URI/_commits/SHARD.json              put by the driver, only if absent
+    URI/_progress/SHARD/...              put by replicas, see `actors.shard_progress`
     URI/_lease                           see `jobs.object_lease`
 
 Why no shard can come out twice, whatever the lease does: readers trust only what a commit record names, a record is
@@ -24,6 +25,7 @@ import pyarrow as pa
 
 from actors.object_store import Entry, ObjectStoreError, Version, open_store, split
 from actors.rows import ShardResult
+from actors.shard_progress import PROGRESS
 from jobs.object_lease import LEASE, ObjectLease, check_conditions, holder_of
 from pipeline.errors import JobError
 
@@ -110,6 +112,19 @@ class ObjectStorage:
     def part_path(self, shard: int, attempt: int) -> str:
         return self.where(f"part-{shard:06d}-{attempt:06d}-{self._run}.parquet")
 
+    def progress_path(self, shard: int, attempt: int) -> str:
+        return self.where(f"{PROGRESS}/{shard:06d}/{attempt:06d}-{self._run}")
+
+    def progress_shards(self) -> set[int]:
+        with _answering():
+            return {int(name) for name in self._store.folders(PROGRESS) if name.isdecimal()}
+
+    def remove_progress(self, shards: Iterable[int]) -> None:
+        for folder in (f"{PROGRESS}/{shard:06d}" for shard in shards):
+            keys = [f"{folder}/{entry.name}" for entry in self.entries(folder)]
+            with _answering(), ThreadPoolExecutor(_CONNECTIONS) as pool:
+                list(pool.map(lambda key: self._store.remove([key]), keys))
+
     def promote(self, result: ShardResult) -> str:
         name = split(result.path)[1]
         size = self.size(name)
@@ -139,8 +154,9 @@ class ObjectStorage:
             self._store.remove(strays + probes)
 
     def finish(self, named: Callable[[], set[str]]) -> None:
-        # A replica that was given up for lost may have put its part since the job began.
+        # A replica that was given up for lost may have put its part since the job began, and progress since its commit.
         self.sweep(named)
+        self.remove_progress(self.progress_shards())
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

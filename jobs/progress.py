@@ -58,7 +58,9 @@ class Progress:
     def show(self, stats: ShardStats) -> None:
         """Take the totals of this run."""
         seconds = max(time.monotonic() - self._begin, 1e-3)
-        rows, speed = self._done + stats.rows, stats.output_tokens / seconds
+        # What an earlier attempt had generated is done, but no sign of this run's speed.
+        rows, own_rows = self._done + stats.rows, stats.rows - stats.resumed_rows
+        speed = (stats.output_tokens - stats.resumed_tokens) / seconds
         if self._bar is not None:
             # A lost replica's unfinished rows are done again, so the count can fall.
             self._bar.n = rows
@@ -67,6 +69,6 @@ class Progress:
             self._log_at = time.monotonic() + LOG_SECONDS
             log.info(
                 "%d/%d rows, %.2f rows/s, %.0f tokens/s, tau %.2f, %d errors",
-                *(rows, self._total, stats.rows / seconds, speed, stats.tau, stats.errors),
+                *(rows, self._total, own_rows / seconds, speed, stats.tau, stats.errors),
                 extra={"rows": rows, "num_rows": self._total, "tokens": stats.output_tokens, "errors": stats.errors},
             )

@@ -34,6 +34,7 @@ def status(directory: str) -> int:
     lines: list[tuple[str, Any]] = [
         ("state", record["state"] + (f" by {record['holder']}" if record["holder"] else "")),
         ("shards", f"{len(output.commits):,} of {output.num_shards:,}"),
+        ("  others with safe rows", f"{record['shards_in_progress']:,}"),
         ("output rows", done),
         ("  errors", f"{stats.errors:,}"),
         ("tokens", f"{stats.output_tokens:,}"),
@@ -63,6 +64,7 @@ def _record(output: JobOutput) -> dict[str, Any]:
         "holder": holder,
         "shards": len(output.commits),
         "num_shards": output.num_shards,
+        "shards_in_progress": len(output.storage.progress_shards() - output.commits.keys()),
         "rows": stats.rows,
         "num_rows": output.num_output_rows,
         "errors": stats.errors,

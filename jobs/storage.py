@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from actors.object_store import Entry, is_uri
 from actors.rows import ShardResult
+from actors.shard_progress import PROGRESS
 from jobs.files import create_json, write_json, writing
 from jobs.lease import Lease, live_holder
 from pipeline.durable import fsync
@@ -80,10 +81,19 @@ class Storage(Protocol):
         """Create a file with JSON only if there is none, or one that was retired; False if there is another."""
 
     def retire(self, key: str) -> None:
-        """A record was found to be untrue, as it was last read: make room for another."""
+        """A record is untrue, or is to be replaced, as it was last read: make room for another."""
 
     def part_path(self, shard: int, attempt: int) -> str:
         """Where a replica writes the part file of an attempt at a shard."""
+
+    def progress_path(self, shard: int, attempt: int) -> str:
+        """Where it keeps the rows that it has finished; see `actors.shard_progress`."""
+
+    def progress_shards(self) -> set[int]:
+        """The shards of which some rows are kept."""
+
+    def remove_progress(self, shards: Iterable[int]) -> None:
+        """Remove what is kept of them."""
 
     def promote(self, result: ShardResult) -> str:
         """Make a replica's part file one of the output; returns its key. Raises JobError if it is not as reported."""
@@ -184,10 +194,23 @@ class LocalStorage:
         return True
 
     def retire(self, key: str) -> None:
-        (self.directory / key).unlink()
+        with writing(self.directory / key):
+            (self.directory / key).unlink()
+            fsync((self.directory / key).parent)
 
     def part_path(self, shard: int, attempt: int) -> str:
         return str((self.directory / "_tmp" / f"{shard:06d}.{attempt:06d}.parquet").absolute())
+
+    def progress_path(self, shard: int, attempt: int) -> str:
+        return str((self.directory / PROGRESS / f"{shard:06d}" / f"{attempt:06d}").absolute())
+
+    def progress_shards(self) -> set[int]:
+        folder = self.directory / PROGRESS
+        return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} if folder.is_dir() else set()
+
+    def remove_progress(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            shutil.rmtree(self.directory / PROGRESS / f"{shard:06d}", ignore_errors=True)
 
     def promote(self, result: ShardResult) -> str:
         source, name = Path(result.path), f"part-{result.shard:06d}.parquet"
@@ -212,7 +235,7 @@ class LocalStorage:
         Path(path).unlink(missing_ok=True)
 
     def sweep(self, named: Callable[[], set[str]]) -> None:
-        for name in ("_tmp", COMMITS):
+        for name in ("_tmp", COMMITS, PROGRESS):
             (self.directory / name).mkdir(exist_ok=True)
         kept = named()
         for path in self.directory.iterdir():
@@ -223,7 +246,8 @@ class LocalStorage:
                 path.unlink()
 
     def finish(self, named: Callable[[], set[str]]) -> None:
-        shutil.rmtree(self.directory / "_tmp", ignore_errors=True)
+        for name in ("_tmp", PROGRESS):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def _entries(self, directory: Path) -> Iterator[Entry]:
         for path in directory.iterdir() if directory.is_dir() else ():

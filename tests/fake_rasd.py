@@ -1,6 +1,6 @@
 """`rasd generate` with fake replicas, as a process that tests can kill.
 
-python -m tests.fake_rasd SECONDS_A_ROW --model m --prompts FILE --output DIR ...
+python -m tests.fake_rasd SECONDS_A_ROW [LEDGER] --model m --prompts FILE --output DIR ...
 """
 
 import sys
@@ -19,4 +19,7 @@ def parse(words: list[str]) -> GenerateConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(generate(parse(sys.argv[2:]), FakeBackend(Faults(seconds_a_row=float(sys.argv[1])))))
+    first_option = next(place for place, word in enumerate(sys.argv) if word.startswith("--"))
+    seconds, *ledger = sys.argv[1:first_option]
+    faults = Faults(seconds_a_row=float(seconds), ledger="".join(ledger))
+    sys.exit(generate(parse(sys.argv[first_option:]), FakeBackend(faults)))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.parts import PartWriter, finish_shard
 from actors.records import failed_record, generated_record, stats_of
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
+from actors.shard_output import ShardOutput
 from jobs.backend import Launch, Retrieving
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
@@ -35,6 +35,7 @@ class Faults:
         deadly_rows: how many rows a shard has at least for that prompt to do harm in it.
         deaths: how many processes it ends before it is harmless; counted in `marks`, which outlives them.
         marks: a directory.
+        ledger: a directory in which each process notes the samples that it has generated.
         start_error: message of the ModelError that `start` raises.
         dtype: what `start` reports where `auto` was asked for.
     """
@@ -44,6 +45,7 @@ class Faults:
     deadly_rows: int = 1
     deaths: int = 10**9
     marks: str = ""
+    ledger: str = ""
     start_error: str | None = None
     dtype: str = "float32"
 
@@ -99,17 +101,20 @@ class FakeReplica:
 
     def run_shard(self, task: ShardTask) -> ShardResult:
         """Write the part file of a shard."""
-        began = time.monotonic()
-        writer = PartWriter(task.part_path, task.schema)
+        output = ShardOutput(task)
         for row in task.rows:
             for sample in range(self._config.num_samples):
-                if len(task.rows) >= self._faults.deadly_rows and row.error is None:
-                    self._die_of(row.prompt)
-                record = self._record(row, sample)
-                writer.add(record)
+                seed = fake_seed(self._config.seed, row.row_index, sample)
+                stats = output.resume(row, sample, seed)
+                if stats is None:
+                    if len(task.rows) >= self._faults.deadly_rows and row.error is None:
+                        self._die_of(row.prompt)
+                    record = self._record(row, sample, seed)
+                    output.add(record)
+                    stats = stats_of(record)
                 with self._lock:
-                    self._stats += stats_of(record)
-        return finish_shard(task, writer, time.monotonic() - began)
+                    self._stats += stats
+        return output.finish()
 
     def progress(self) -> ShardStats:
         """Totals of this process."""
@@ -118,14 +123,16 @@ class FakeReplica:
     def stop(self) -> None:
         """Nothing to tidy up."""
 
-    def _record(self, row: InputRow, sample: int) -> dict[str, Any]:
-        seed = fake_seed(self._config.seed, row.row_index, sample)
+    def _record(self, row: InputRow, sample: int, seed: int) -> dict[str, Any]:
         if row.error is not None:
             return failed_record(row, sample, seed, row.error)
         time.sleep(self._faults.seconds_a_row)
         text = row.prompt if row.prompt is not None else str(row.messages)
         if len(text.split()) > self._config.max_new_tokens:
             return failed_record(row, sample, seed, RowFailure("prompt_too_long", f"{len(text.split())} words"))
+        if self._faults.ledger:
+            with Path(self._faults.ledger, str(os.getpid())).open("a") as ledger:
+                ledger.write(f"{row.row_index} {sample}\n")
         return generated_record(row, sample, seed, fake_generation(text, seed))
 
     def _die_of(self, prompt: str | None) -> None:

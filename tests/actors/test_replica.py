@@ -1,5 +1,6 @@
 """A replica with retrieval, on the real model: what is found makes it faster, and the text stays what it was."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import ray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors import shard_progress
 from actors.records import output_schema
 from actors.replica import Replica
 from actors.replica_config import ReplicaConfig
 from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig
-from actors.rows import InputRow, ShardStats, ShardTask
+from actors.rows import InputRow, ProgressPlace, RowFailure, ShardStats, ShardTask
 from actors.searchers import RetrievalConfig
 from datastore.embedder import DEFAULT_EMBEDDER, Embedder
 from datastore.format import DenseSpec, Manifest, write_manifest
@@ -27,6 +29,7 @@ from pipeline.request import SamplingParams
 
 VOCABULARY = 49_152
 ROWS = tuple(InputRow(i, str(i), prompt=f"Write about {s}. It is") for i, s in enumerate(("tea", "snow")))
+SCHEMA = output_schema(["prompt"], pa.schema([]), logprobs=False).serialize().to_pybytes()
 Tokens = list[list[int]]
 
 
@@ -37,17 +40,17 @@ def joined(cluster: str) -> Iterator[None]:
     ray.shutdown()
 
 
-def outputs_of(
-    directory: Path, sources: tuple[str, ...], retrieval: RetrievalConfig | None
-) -> tuple[ShardStats, Tokens]:
-    """What a new replica makes of the rows: its counts and token ids."""
+def new_replica(
+    directory: Path, sources: tuple[str, ...], retrieval: RetrievalConfig | None, *, slots: int = 2
+) -> Replica:
+    """A replica that has started."""
     replica = Replica(
         ReplicaConfig(
             model="smollm2-135m",
             revision=None,
             dtype="float32",
             device="cpu",
-            slots=2,
+            slots=slots,
             slot_tokens=0,
             method="retrieval",
             budget=8,
@@ -69,9 +72,16 @@ def outputs_of(
         )
     )
     replica.start()
-    schema = output_schema(["prompt"], pa.schema([]), logprobs=False).serialize().to_pybytes()
+    return replica
+
+
+def outputs_of(
+    directory: Path, sources: tuple[str, ...], retrieval: RetrievalConfig | None
+) -> tuple[ShardStats, Tokens]:
+    """What a new replica makes of the rows: its counts and token ids."""
+    replica = new_replica(directory, sources, retrieval)
     path = directory / f"{len(list(directory.glob('*.parquet')))}.parquet"
-    result = replica.run_shard(ShardTask(0, 1, ROWS, str(path), schema))
+    result = replica.run_shard(ShardTask(0, 1, ROWS, str(path), SCHEMA))
     replica.stop()
     return result.stats, pq.read_table(path)["token_ids"].to_pylist()
 
@@ -152,3 +162,42 @@ def dense_store(path: Path, texts: list[str], tokenizer: PreTrainedTokenizerBase
     spec = DenseSpec(DEFAULT_EMBEDDER, embedder.hash, embedder.dimension, 128, 32)
     write_manifest(path, Manifest(tokenizer_hash(tokenizer), VOCABULARY, spec, (record,)))
     return path
+
+
+def test_rows_are_safe_while_others_are_generated_and_the_next_attempt_makes_only_those(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_progress._Files, "seconds", 0.05)
+    monkeypatch.setattr(shard_progress, "REST", 0.0)
+    bad = InputRow(9, "9", error=RowFailure("malformed_json", "line 10"))
+    rows = (*ROWS, bad, *(InputRow(i, str(i), prompt=f"Write about {i} {ROWS[0].prompt}") for i in range(2, 6)))
+    replica = new_replica(tmp_path, (), None, slots=1)
+    places = [ProgressPlace(str(tmp_path / "_progress" / "000000" / str(attempt)), b"key") for attempt in range(3)]
+    tasks = [
+        ShardTask(0, attempt, rows, str(tmp_path / f"{attempt}.parquet"), SCHEMA, place)
+        for attempt, place in enumerate(places)
+    ]
+    (tmp_path / "_progress").mkdir()
+    seen: list[int] = []
+    running = threading.Thread(target=lambda: seen.append(replica.run_shard(tasks[0]).rows))
+    with monkeypatch.context() as patch:
+        # Rows that come write nothing: all is written while the next one is waited for.
+        patch.setattr(shard_progress.ShardProgress, "add", lambda self, record: self._unsaved.append(record))
+        running.start()
+        wait_for(lambda: Path(places[0].path).exists())
+        assert not seen, "the shard has not ended, one row after another as they are"
+        running.join()
+    assert seen == [7]
+    kept = Path(places[0].path).read_bytes()
+    frames = list(shard_progress.payloads(kept, b"key"))
+    assert len(frames) > 1
+
+    rest = len(shard_progress.frame(frames[-1], b"key"))
+    Path(places[0].path).write_bytes(kept[: -rest // 2])  # as a crash leaves it
+    second, third = replica.run_shard(tasks[1]), replica.run_shard(tasks[2])
+    replica.stop()
+    assert 0 < second.stats.resumed_rows < 6 and second.has_progress
+    assert third.stats.resumed_rows == 6, "from both attempts"
+    tables = [pq.read_table(task.part_path) for task in tasks[:3]]
+    assert tables[1].equals(tables[2]) and tables[1].equals(tables[0]), "a plain copy at one slot, statistics included"
+    assert replica.progress().resumed_rows == second.stats.resumed_rows + 6

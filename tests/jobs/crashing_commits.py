@@ -1,6 +1,8 @@
-"""A driver that commits one shard to an object store and is killed before its n-th request, for every n.
+"""A driver that works on an object store and is killed before its n-th request, for every n.
 
-python -m tests.jobs.crashing_commits URI
+python -m tests.jobs.crashing_commits URI commit|retry
+
+It commits one shard, or tries the failed rows of a finished job again.
 
 Each n has a prefix of its own below URI. Writes the number of prefixes to stdout. A process of its own, as the client's
 threads, once started, do not outlive a fork.
@@ -15,6 +17,7 @@ import obstore
 
 from jobs.commit import CommitLog
 from jobs.storage import open_storage
+from tests.jobs import retrying
 from tests.jobs.test_commit import write_part
 
 REQUESTS = ("get", "head", "put", "delete", "list_with_delimiter")
@@ -28,6 +31,23 @@ def commit_one(uri: str) -> None:
         log = CommitLog(storage, lease)
         log.open()
         log.commit(write_part(log, 0, attempt=1))
+
+
+def fail_some(uri: str) -> None:
+    """A finished job with failed rows."""
+    retrying.work(uri, run=1, longest=3, is_retry=False)
+
+
+def retry(uri: str) -> None:
+    """Try them again; nothing is wrong with them now."""
+    retrying.work(uri, run=2, longest=9, is_retry=True)
+
+
+# What is there before, and what is killed.
+SCENES: dict[str, tuple[Callable[[str], None], Callable[[str], None]]] = {
+    "commit": (lambda uri: None, commit_one),
+    "retry": (fail_some, retry),
+}
 
 
 def die_before(number: int) -> None:
@@ -48,8 +68,9 @@ def die_before(number: int) -> None:
         setattr(obstore, name, counted(getattr(obstore, name)))
 
 
-def main(uri: str) -> int:
+def main(uri: str, scene: str) -> int:
     """Crash at every request in turn, until one driver comes through; returns how many there were."""
+    prepare, work = SCENES[scene]
     number = 0
     while True:
         number += 1
@@ -57,8 +78,9 @@ def main(uri: str) -> int:
         if child == 0:
             status = 1
             try:
+                prepare(f"{uri}/{number}")
                 die_before(number)
-                commit_one(f"{uri}/{number}")
+                work(f"{uri}/{number}")
                 status = 0
             finally:
                 os._exit(status)
@@ -69,4 +91,4 @@ def main(uri: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(str(main(sys.argv[1])))
+    sys.stdout.write(str(main(*sys.argv[1:])))

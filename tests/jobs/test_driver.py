@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,16 @@ def make_rows(num_shards: int) -> Iterator[tuple[int, tuple[InputRow, ...]]]:
         yield shard, tuple(InputRow(i, str(i), prompt=f"prompt {i}") for i in indices)
 
 
-def drive(output: Path, faults: Faults, listener: Listener, *, num_shards: int = 8, num_replicas: int = 2) -> Driver:
+def drive(
+    output: Path,
+    faults: Faults,
+    listener: Listener,
+    *,
+    num_shards: int = 8,
+    num_replicas: int = 2,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Driver:
+    """Run the driver; with a fingerprint it keeps progress."""
     config = GenerateConfig(model="fake", prompts=("unused",), output=str(output))
     placement = Placement(num_replicas, num_cpus=1.0, num_gpus=0.0, num_threads=1)
 
@@ -77,6 +86,8 @@ def drive(output: Path, faults: Faults, listener: Listener, *, num_shards: int =
     with Lease(output) as lease:
         log = CommitLog(output, lease)
         done = log.open()
+        if fingerprint is not None:
+            log.keep_progress(fingerprint)
         shards = (item for item in make_rows(num_shards) if item[0] not in done)
         driver_config = DriverConfig(num_replicas, in_flight=2, run=1, schema=SCHEMA.serialize().to_pybytes())
         driver = Driver(shards, log, launch, listener, driver_config)

@@ -68,7 +68,7 @@ def test_a_store_without_conditions_is_refused(
 
 @pytest.mark.chaos
 def test_crash_before_any_request_of_a_commit_loses_and_doubles_nothing(uri: str) -> None:
-    command = [sys.executable, "-m", "tests.jobs.crashing_commits", uri]
+    command = [sys.executable, "-m", "tests.jobs.crashing_commits", uri, "commit"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     outcomes = set()
