@@ -69,12 +69,13 @@ class Loaded:
 
 
 def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
-    """Loads the models, one replica of a node after the other, and builds the engine.
+    """Loads the models and builds the engine, one replica of a node after the other.
 
     Raises:
         ModelError: a model cannot be loaded or is not supported.
         ConfigError: the options do not fit the model or the machine.
         DatastoreError: see `open_sources`.
+        JobError: see `load_lock`.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -86,7 +87,8 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
     tokenizer = load_tokenizer(resolved, trust_remote_code=config.trust_remote_code)
     _check_stops(config.sampling, tokenizer)
     draft = None
-    with load_lock():
+    sources = None
+    with load_lock(f"replica {config.replica} of {config.job}"):
         model = load_causal_lm(
             resolved,
             getattr(torch, config.dtype),
@@ -95,19 +97,18 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
         )
         if "draft" in method.sources:
             draft = load_draft(config.draft, model, resolved, trust_remote_code=config.trust_remote_code)
-    options = EngineOptions(
-        num_slots=config.slots,
-        slot_tokens=config.slot_tokens,
-        budget=config.budget,
-        kv_memory=config.kv_memory,
-        max_context=config.max_context,
-        prefill_chunk=config.prefill_chunk,
-    )
-    sources = None
-    if config.retrieval is not None:
-        sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size, metrics)
-    searchers = sources.searchers if sources is not None else ()
-    engine = build_engine(model, tokenizer, method, options, searchers, draft)
+        if config.retrieval is not None:
+            sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size, metrics)
+        searchers = sources.searchers if sources is not None else ()
+        options = EngineOptions(
+            num_slots=config.slots,
+            slot_tokens=config.slot_tokens,
+            budget=config.budget,
+            kv_memory=config.kv_memory,
+            max_context=config.max_context,
+            prefill_chunk=config.prefill_chunk,
+        )
+        engine = build_engine(model, tokenizer, method, options, searchers, draft)
     notes = (*method.notes, *([f"{engine.num_slots} slots"] if config.slot_tokens else ()))
     return Loaded(resolved.name, device, engine, tokenizer, sources, notes)
 

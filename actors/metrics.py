@@ -61,7 +61,7 @@ JOB_METRICS = (
     MetricSpec("rasd_shards", "gauge", "Shards of the job.", JOB_TAGS),
     MetricSpec("rasd_shards_committed", "counter", "Shards this run of the driver has committed.", JOB_TAGS),
     MetricSpec("rasd_rows_committed", "counter", "Output rows in them.", JOB_TAGS),
-    MetricSpec("rasd_replica_restarts", "counter", "Times a replica was ready again after a loss.", REPLICA_TAGS),
+    MetricSpec("rasd_replica_restarts", "counter", "Times a replica was started again after a loss.", REPLICA_TAGS),
 )
 
 
@@ -126,6 +126,7 @@ class JobMetrics:
     """What the driver counts; see `ReplicaMetrics` for the arguments."""
 
     def __init__(self, num_shards: int, method: str, job: str) -> None:
+        self._launched: set[int] = set()
         self._metrics = _Metrics(JOB_METRICS, {"rasd_job": job, "method": method})
         self._metrics.set("rasd_shards", num_shards)
 
@@ -134,9 +135,10 @@ class JobMetrics:
         self._metrics.count("rasd_shards_committed", 1)
         self._metrics.count("rasd_rows_committed", rows)
 
-    def restarted(self, replica: int) -> None:
-        """Another actor has taken a lost one's place."""
-        self._metrics.count("rasd_replica_restarts", 1, replica=str(replica))
+    def launched(self, replica: int) -> None:
+        """An actor starts: the replica's first, or one in a lost one's place."""
+        self._metrics.count("rasd_replica_restarts", int(replica in self._launched), replica=str(replica))
+        self._launched.add(replica)
 
 
 def _create(spec: MetricSpec) -> Any:

@@ -155,7 +155,7 @@ class ObjectStore:
             Its version, or None if there is another object.
 
         Raises:
-            ObjectStoreError: whether it was put is not known, or the store refuses.
+            ObjectStoreError: whether it was put is not known, or the store refuses; after two minutes at most.
         """
         return self._conditional(key, data, "create")
 
@@ -181,6 +181,8 @@ class ObjectStore:
         from obstore.exceptions import AlreadyExistsError, NotSupportedError, PermissionDeniedError, PreconditionError
 
         failure: Exception | None = None
+        # The client itself tries for so long each time; what had no answer by then is not tried again.
+        until = time.monotonic() + _RETRY_SECONDS
         for pause in (*_PAUSES, None):
             try:
                 return _version(self._api.put(self._store, key, data, mode=mode))
@@ -196,8 +198,9 @@ class ObjectStore:
                 raise self._error("write", key, error) from error
             except self._errors as error:
                 failure = error
-            if pause is not None:
-                time.sleep(pause)
+            if pause is None or time.monotonic() + pause > until:
+                break
+            time.sleep(pause)
         assert failure is not None
         raise self._error("write", key, failure) from failure
 

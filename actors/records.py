@@ -138,7 +138,7 @@ def _shared_fields(row: InputRow, sample: int, seed: int) -> Record:
 def stats_of(record: Record) -> ShardStats:
     """Counts of one output row."""
     if record["status"] != "ok":
-        return ShardStats(rows=1, errors=1)
+        return ShardStats(rows=1, errors=1, error_types={record["error_type"]: 1})
     return ShardStats(
         rows=1,
         prompt_tokens=record["num_prompt_tokens"],

@@ -83,6 +83,7 @@ class ShardStats:
         rows: output rows, error rows included: `samples_ok + errors`.
         rounds: verification rounds; drafted, accepted: tree nodes verified and kept.
         accepted_by_source: `accepted` split by who proposed the token.
+        error_types: `errors` split by `error_type`; empty in commit records of earlier versions.
         retrieval_misses: rounds and searches for passages that a retrieval service did not answer in full and in time.
         resumed_rows, resumed_tokens: output rows and their tokens that an earlier attempt at their shard had generated.
     """
@@ -100,14 +101,10 @@ class ShardStats:
     retrieval_misses: int = 0
     resumed_rows: int = 0
     resumed_tokens: int = 0
+    error_types: Mapping[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "ShardStats") -> "ShardStats":
         # Written out: a job adds once for every row and shard, and a driver for every replica at each look.
-        by_source = self.accepted_by_source
-        if other.accepted_by_source:
-            by_source = dict(by_source)
-            for source, count in other.accepted_by_source.items():
-                by_source[source] = by_source.get(source, 0) + count
         return ShardStats(
             rows=self.rows + other.rows,
             errors=self.errors + other.errors,
@@ -117,17 +114,27 @@ class ShardStats:
             drafted=self.drafted + other.drafted,
             accepted=self.accepted + other.accepted,
             rounds_without_draft=self.rounds_without_draft + other.rounds_without_draft,
-            accepted_by_source=by_source,
+            accepted_by_source=_sum(self.accepted_by_source, other.accepted_by_source),
             samples_ok=self.samples_ok + other.samples_ok,
             retrieval_misses=self.retrieval_misses + other.retrieval_misses,
             resumed_rows=self.resumed_rows + other.resumed_rows,
             resumed_tokens=self.resumed_tokens + other.resumed_tokens,
+            error_types=_sum(self.error_types, other.error_types),
         )
 
     @property
     def tau(self) -> float:
         """New tokens a verification round, bonus included (design section 2); 0 before the first round."""
         return (self.output_tokens - self.samples_ok) / self.rounds if self.rounds else 0.0
+
+
+def _sum(counts: Mapping[str, int], more: Mapping[str, int]) -> Mapping[str, int]:
+    if not more:
+        return counts
+    total = dict(counts)
+    for name, count in more.items():
+        total[name] = total.get(name, 0) + count
+    return total
 
 
 @dataclass(frozen=True, slots=True)

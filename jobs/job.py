@@ -68,7 +68,6 @@ class Job:
         self._run_stats = ShardStats()
         self._retried_rows = 0
         self._ready_at: float | None = None
-        self._replicas: set[int] = set()  # that have been ready once
         self._metrics: JobMetrics  # once Ray is there to take them
 
     def run(self, inputs: Inputs, attempts: Sequence[Mapping[str, Any]], began: float) -> int:
@@ -99,9 +98,6 @@ class Job:
         )
         for note in info.notes:
             log.info("replica %d: %s", info.replica, note, extra={"replica": info.replica})
-        if info.replica in self._replicas:
-            self._metrics.restarted(info.replica)
-        self._replicas.add(info.replica)
         if self._ready_at is None:
             self._ready_at = time.monotonic()
             self._progress.restart()
@@ -162,7 +158,7 @@ class Job:
             driver = Driver(
                 shards=open_shards(inputs, self._plan, frozenset(self._commits)),
                 commits=self._log,
-                launch=lambda replica: self._backend.launch(
+                launch=lambda replica: self._launch(
                     Launch(
                         config=self._config,
                         placement=placement,
@@ -188,6 +184,10 @@ class Job:
             self._events = driver.events
             for note in services.notes() if services is not None else ():
                 log.warning("%s", note)
+
+    def _launch(self, launch: Launch) -> Any:
+        self._metrics.launched(launch.replica)
+        return self._backend.launch(launch)
 
     def _in_flight(self, slots: int, fair_share: int) -> int:
         """Most shards a replica has: twice its slots, but not those that others could begin with."""

@@ -26,6 +26,7 @@ from pipeline.errors import ConfigError, JobError
 LEASE = "_lease"
 # Before others may take it: for clocks of whole seconds, and for the commit that follows the look.
 MARGIN_SECONDS = 10.0
+JOIN_SECONDS = 20.0  # at the end, for a renewal that is under way
 _TRIES = 5
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,14 @@ class ObjectLease:
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
-        self._heart.join()
+        self._heart.join(JOIN_SECONDS)
+        if self._heart.is_alive():
+            log.warning("the lease is not released, and keeps others out for %.0f s: the store hangs", STALE_SECONDS)
+            return
         try:
             # Not removed: the client offers no removal on a condition, and by now it may be another's.
-            self._store.replace(LEASE, self._content(is_released=True), self._version)
+            if not self._renew(is_released=True):
+                log.warning("the lease %s was not ours any more when it was to be released", self._where)
         except ObjectStoreError as error:
             log.warning("the lease could not be released, and keeps others out for %.0f s: %s", STALE_SECONDS, error)
 
@@ -125,15 +130,15 @@ class ObjectLease:
                 except ObjectStoreError as error:
                     log.warning("the lease could not be renewed: %s", error)
 
-    def _renew(self) -> bool:
+    def _renew(self, *, is_released: bool = False) -> bool:
         began = time.monotonic()
-        version = self._store.replace(LEASE, self._content(), self._version)
+        version = self._store.replace(LEASE, self._content(is_released=is_released), self._version)
         if version is None:
             # Ours all the same if the answer to an earlier renewal was lost.
             found = self._store.read(LEASE)
             if found is None or not self._is_ours(found):
                 return False
-            version = self._store.replace(LEASE, self._content(), found.version)
+            version = self._store.replace(LEASE, self._content(is_released=is_released), found.version)
         if version is None:
             return False
         self._version, self._renewed_at = version, began

@@ -43,7 +43,8 @@ def error_types(output: Storage, commits: Iterable[Commit]) -> dict[str, int]:
     """Committed error rows by type, most frequent first."""
     counts: Counter[str] = Counter()
     for commit in commits:
-        if commit.stats.errors:
+        counts.update(commit.stats.error_types)
+        if commit.stats.errors and not commit.stats.error_types:  # committed by an earlier version
             try:
                 with output.open(commit.file) as file:
                     column = pq.read_table(file, columns=["error_type"]).column(0)

@@ -16,13 +16,14 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.object_store import is_uri
 from actors.retrieval import CONCURRENCY_GROUPS, RetrievalService, ServiceConfig, ServiceStats, group_of, load_of
 from actors.searchers import RetrievalConfig
 from datastore.format import check_sizes, read_manifest
 from jobs.config import GenerateConfig
 from jobs.plan import ModelFacts
 from jobs.storage import job_name
-from pipeline.errors import DatastoreError
+from pipeline.errors import ConfigError, DatastoreError
 from pipeline.methods import method_named
 
 _HIGH_LOAD = 0.7
@@ -36,9 +37,15 @@ def provided_sources(config: GenerateConfig, facts: ModelFacts) -> frozenset[str
 
     Raises:
         DatastoreError: `--datastore` is missing, damaged, or made with another tokenizer.
+        ConfigError: it is a URI.
     """
     sources = {"live"} if config.live == "on" else set()
     if config.datastore is not None:
+        if is_uri(config.datastore):
+            raise ConfigError(
+                f"--datastore is {config.datastore!r}; its files are mapped into memory. Copy it to a directory that"
+                " all nodes see."
+            )
         store = Path(config.datastore).expanduser()
         manifest = read_manifest(store)
         if manifest.tokenizer != facts.tokenizer:

@@ -36,6 +36,7 @@ class Faults:
         deaths: how many processes it ends before it is harmless; counted in `marks`, which outlives them.
         marks: a directory.
         ledger: a directory in which each process notes the samples that it has generated.
+        start_deaths: how many processes `start` ends, counted there, too.
         start_error: message of the ModelError that `start` raises.
         dtype: what `start` reports where `auto` was asked for.
     """
@@ -46,6 +47,7 @@ class Faults:
     deaths: int = 10**9
     marks: str = ""
     ledger: str = ""
+    start_deaths: int = 0
     start_error: str | None = None
     dtype: str = "float32"
 
@@ -85,6 +87,8 @@ class FakeReplica:
 
     def start(self) -> ReplicaInfo:
         """Raises ModelError if so told."""
+        if self._faults.start_deaths:
+            self._die(self._faults.start_deaths)
         if self._faults.start_error is not None:
             raise ModelError(self._faults.start_error)
         return ReplicaInfo(
@@ -136,10 +140,13 @@ class FakeReplica:
         return generated_record(row, sample, seed, fake_generation(text, seed))
 
     def _die_of(self, prompt: str | None) -> None:
-        if prompt is None or prompt != self._faults.deadly_prompt:
-            return
+        if prompt is not None and prompt == self._faults.deadly_prompt:
+            self._die(self._faults.deaths)
+
+    def _die(self, deaths: int) -> None:
+        """Unless so many have."""
         marks = Path(self._faults.marks)
-        if len(list(marks.iterdir())) < self._faults.deaths:
+        if len(list(marks.iterdir())) < deaths:
             (marks / str(os.getpid())).touch()
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from actors.object_store import is_uri
 from datastore.format import (
     MANIFEST,
     SEGMENTS,
@@ -197,8 +198,13 @@ def store_directory(output: str) -> Path:
     """The directory that `--output` names.
 
     Raises:
-        ConfigError: it would vanish with a submitted job.
+        ConfigError: it would vanish with a submitted job, or is a URI.
     """
+    if is_uri(output):
+        raise ConfigError(
+            f"--output is {output!r}; a datastore is files that are mapped into memory. Build it in a directory that"
+            " all nodes see, and copy that to the object store if it is to be kept there."
+        )
     path = Path(output).expanduser()
     # Set by Ray's job server, which runs the command in a temporary copy of the submitted directory.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not path.is_absolute():

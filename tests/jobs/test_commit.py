@@ -67,12 +67,13 @@ def test_part_file_is_sorted_typed_and_described(tmp_path: Path) -> None:
 
 
 def test_statistics_add_up_in_every_field() -> None:
-    one = ShardStats(**{f.name: 1 for f in fields(ShardStats) if f.name != "accepted_by_source"})
-    one = replace(one, accepted_by_source={"context": 1, "live": 1})
-    other = replace(one, accepted_by_source={"context": 1, "draft": 1})
+    one = ShardStats(**{f.name: 1 for f in fields(ShardStats) if f.name not in ("accepted_by_source", "error_types")})
+    one = replace(one, accepted_by_source={"context": 1, "live": 1}, error_types={"a": 1})
+    other = replace(one, accepted_by_source={"context": 1, "draft": 1}, error_types={"b": 1})
     assert asdict(one + other) == {
         **{f.name: 2 for f in fields(ShardStats)},
         "accepted_by_source": {"context": 2, "live": 1, "draft": 1},
+        "error_types": {"a": 1, "b": 1},
     }
     assert one.accepted_by_source == {"context": 1, "live": 1}
     assert ShardStats() + one == one + ShardStats() == one

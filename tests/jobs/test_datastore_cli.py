@@ -10,6 +10,10 @@ import pytest
 
 from datastore import Datastore
 from jobs.cli import main
+from jobs.config import GenerateConfig
+from jobs.plan import ModelFacts
+from jobs.retrieval import provided_sources
+from pipeline.errors import ConfigError
 from pipeline.models import load_tokenizer, resolve_model
 from tests.jobs.stores import content_of, run_build, tiny_model, write_rows
 
@@ -177,3 +181,18 @@ def test_help_is_there_and_instant(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: rasd datastore")
+
+
+def test_a_datastore_on_an_object_store_is_refused_with_what_to_do(
+    tmp_path: Path, model: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was built in a directory `s3:` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    corpus = ["--corpus", str(write_rows(tmp_path / "r.jsonl", TEXTS)), "--model", str(model)]
+    for command in (["build", *corpus], ["append", *corpus], ["merge", str(store), str(store)]):
+        error = error_of(capsys, *command, "--output", "s3://bucket/store")
+        assert "--output is 's3://bucket/store'; a datastore is files that are mapped into memory. Build it in" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+    config = GenerateConfig(model=str(model), prompts=("p",), output="o", datastore="s3://bucket/store")
+    with pytest.raises(ConfigError, match=r"--datastore is 's3://bucket/store'.* Copy it to a directory"):
+        provided_sources(config, ModelFacts("m", None, "weights", "tokenizer", None))

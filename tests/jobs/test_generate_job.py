@@ -118,6 +118,28 @@ def test_second_run_does_nothing_and_needs_no_cluster(
     assert table_of(output).equals(before)
 
 
+def test_error_types_come_from_the_records_and_of_earlier_versions_from_the_parts(
+    tmp_path: Path, prompts: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To count a few error rows, a job read all parts that have some, on an object store whole ones."""
+    output = tmp_path / "out"
+    run(prompts, output, cluster)
+    expected = {"malformed_json": 2, "missing_field": 2, "empty_prompt": 2}
+    for record in (output / "_commits").iterdir():
+        commit = json.loads(record.read_text())
+        del commit["stats"]["error_types"]
+        record.write_text(json.dumps(commit))
+    assert run(prompts, output, cluster) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["error_types"] == expected
+
+    output = tmp_path / "again"
+    run(prompts, output, cluster)
+    for part in output.glob("part-*.parquet"):
+        part.write_bytes(bytes(part.stat().st_size))
+    assert run(prompts, output, cluster) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["error_types"] == expected
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("files_before", ["plan.json", "_commits/*.json"])
 def test_killed_job_resumes_to_the_result_of_an_undisturbed_one(

@@ -16,6 +16,9 @@ import pytest
 import ray
 
 from actors.metrics import JOB_METRICS, REPLICA_METRICS
+from jobs.generation import generate
+from tests.fake_rasd import parse
+from tests.fakes import FakeBackend, Faults
 
 ROOT = Path(__file__).parents[2]
 SPECS = {series: spec for spec in (*REPLICA_METRICS, *JOB_METRICS) for series in spec.series}
@@ -137,6 +140,19 @@ def test_a_replica_in_place_of_a_killed_one_is_counted(tmp_path: Path, cluster: 
     samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 800)
     assert total(samples, "ray_rasd_replica_restarts_total", replica="0") == 1
     assert total(samples, "ray_rasd_shards_committed_total") == total(samples, "ray_rasd_shards") == 200
+
+
+@pytest.mark.chaos
+def test_a_replica_that_dies_before_it_is_ready_is_counted(tmp_path: Path, cluster: str, endpoint: str) -> None:
+    """It is when replicas never come to be ready that somebody looks at this figure."""
+    prompts, marks, output = tmp_path / "prompts.txt", tmp_path / "marks", tmp_path / "out"
+    prompts.write_text("".join(f"prompt {i}\n" for i in range(16)))
+    marks.mkdir()
+    words = ["--model", "m", "--prompts", str(prompts), "--output", str(output), "--ray-address", cluster]
+    backend = FakeBackend(Faults(marks=str(marks), start_deaths=2))
+    assert generate(parse([*words, "--num-replicas", "1", "--quiet"]), backend) == 0
+    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 16)
+    assert total(samples, "ray_rasd_replica_restarts_total", replica="0") == 2
 
 
 def expressions() -> list[str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -117,3 +118,45 @@ def test_heartbeat_renews_the_lease_even_when_it_is_not_known_whether_it_did(
         with lease.held():
             assert storage.holder() is not None
     assert storage.holder() is None
+
+
+def test_lease_whose_last_renewal_was_not_answered_is_released(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version that it knows is not the newest: the release went to nobody, and kept others out for 30 s."""
+    storage = open_storage(uri)
+    with storage.lease():
+        found = open_store(uri).read(LEASE)
+        assert found is not None
+        open_store(uri).write(LEASE, found.data + b" ")
+    assert storage.holder() is None
+    assert json.loads(storage.read(LEASE) or b"")["released"] is True
+
+
+def test_lease_that_is_another_drivers_is_not_released_and_that_is_said(
+    uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = open_storage(uri)
+    with storage.lease():
+        open_store(uri).write(LEASE, elsewhere())
+    assert f"the lease {uri}/{LEASE} was not ours any more" in caplog.text
+    assert storage.read(LEASE) == elsewhere()
+
+
+def test_a_store_that_hangs_does_not_keep_a_driver_from_ending(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(object_lease, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(object_lease, "JOIN_SECONDS", 0.1)
+    hangs, goes_on = threading.Event(), threading.Event()
+    replace = ObjectStore.replace
+
+    def hanging(self: ObjectStore, key: str, data: bytes, version: Version) -> Version | None:
+        hangs.set()
+        assert goes_on.wait(60)
+        return replace(self, key, data, version)
+
+    storage = open_storage(uri)
+    with storage.lease():
+        monkeypatch.setattr(ObjectStore, "replace", hanging)
+        assert hangs.wait(20)
+    assert "the lease is not released, and keeps others out for 30 s" in caplog.text
+    goes_on.set()

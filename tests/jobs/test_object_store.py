@@ -10,7 +10,7 @@ import pytest
 from obstore.exceptions import AlreadyExistsError, GenericError
 
 from actors import object_store
-from actors.object_store import ObjectStore, ObjectStoreError
+from actors.object_store import ObjectStore, ObjectStoreError, open_store
 from jobs.storage import open_storage
 from pipeline.errors import ConfigError
 
@@ -84,6 +84,23 @@ def test_a_store_that_does_not_answer_is_an_error_that_says_so(uri: str, monkeyp
         store.read("k")
     with pytest.raises(ObjectStoreError, match=r"cannot write s3://.*/k: "):
         store.create("k", b"")
+
+
+def test_a_conditional_write_is_not_tried_again_when_its_time_is_up(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client tries for a minute by itself; five times that kept a driver from ending."""
+    tries: list[str] = []
+
+    def unanswered(store: Any, key: str, data: bytes, **options: Any) -> Any:
+        tries.append(key)
+        raise GenericError("operation timed out")
+
+    monkeypatch.setattr(obstore, "put", unanswered)
+    for seconds, expected in ((60, 3), (-1, 1)):
+        tries.clear()
+        monkeypatch.setattr(object_store, "_RETRY_SECONDS", seconds)
+        with pytest.raises(ObjectStoreError, match="operation timed out"):
+            open_store(uri).create("k", b"")
+        assert len(tries) == expected
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Replicas get the places that were planned, keep them, and give everything back however the job ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -146,13 +147,38 @@ def check_resources(cluster: str) -> None:
         ray.shutdown()
 
 
-def test_a_job_that_ends_gives_all_resources_back(words: list[str], cluster: str) -> None:
-    assert generate(parse(words), FakeBackend()) == 0
+@contextlib.contextmanager
+def checking_groups_at_the_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every group of the driver is gone when it leaves the cluster: from then on Ray itself removes what is left."""
+    states: list[list[str]] = []
+    shutdown = ray.shutdown
+
+    def checked() -> None:
+        deadline = time.monotonic() + 20
+        states.append([""])
+        while set(states[-1]) - {"REMOVED"} and time.monotonic() < deadline:
+            states.append([group["state"] for group in placement_group_table().values()])
+            time.sleep(0.05)
+        shutdown()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "shutdown", checked)
+        yield
+    assert states and set(states[-1]) <= {"REMOVED"}
+
+
+def test_a_job_that_ends_gives_all_resources_back(
+    words: list[str], cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with checking_groups_at_the_end(monkeypatch):
+        assert generate(parse(words), FakeBackend()) == 0
     check_resources(cluster)
 
 
-def test_a_job_that_fails_gives_all_resources_back(words: list[str], cluster: str) -> None:
-    with pytest.raises(ModelError, match="no weights"):
+def test_a_job_that_fails_gives_all_resources_back(
+    words: list[str], cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with checking_groups_at_the_end(monkeypatch), pytest.raises(ModelError, match="no weights"):
         generate(parse(words), FakeBackend(Faults(start_error="no weights")))
     check_resources(cluster)
 
