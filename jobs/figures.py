@@ -1,7 +1,7 @@
 """Figures of a throughput run, all of them from the rows of results.parquet; definitions in docs/statistics.md."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ PLAIN = "plain"
 ALL = "all"
 
 Figures = dict[str, Any]
+Part = tuple[int, int]
 
 
 def figures_of(rows: Sequence[Row]) -> Figures:
@@ -35,7 +36,7 @@ def _at_slots(rows: Sequence[Row]) -> Figures:
 
 def _of_method(rows: Sequence[Row], base: Sequence[Row], *, is_base: bool) -> Figures:
     times, base_times = times_of(rows), times_of(base)
-    task_of = {row["sample"]: row["sample_task"] for row in rows}
+    task_of = {_part(row): row["sample_task"] for row in rows}
     tasks = sorted({row["task"] for row in rows})
     tokens = _tokens(rows)
     sets = {ALL: sorted(task_of)} | {t: sorted(s for s in task_of if task_of[s] == t) for t in tasks}
@@ -59,11 +60,29 @@ def _of_method(rows: Sequence[Row], base: Sequence[Row], *, is_base: bool) -> Fi
 
 
 def times_of(rows: Sequence[Row]) -> Times:
-    """Seconds by sample and repeat of one method at one number of slots."""
-    times: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    """Seconds by question and repeat of one method at one number of slots.
+
+    Those of questions that were generated together are the sample's, divided by their rounds in all repeats: so that an
+    interval tells what other questions would have changed, as it does where each has a time of its own.
+    """
+    seconds: dict[tuple[int, int], float] = {}
+    rounds: Counter[Part] = Counter()
+    together: Counter[int] = Counter()
     for row in rows:
-        times[row["sample"]][row["repeat"]] = row["seconds"]
+        seconds[row["sample"], row["repeat"]] = row["seconds"]
+        rounds[_part(row)] += max(row["rounds"], 1)
+        together[row["sample"]] += max(row["rounds"], 1)
+    times: defaultdict[Hashable, dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        part = _part(row)
+        share = rounds[part] / together[part[0]]
+        times[part][row["repeat"]] = share * seconds[row["sample"], row["repeat"]]
     return times
+
+
+def _part(row: Row) -> Part:
+    """Of a sample, one question with all its turns."""
+    return row["sample"], row["row"]
 
 
 def counts_of(rows: Sequence[Row]) -> Figures:
@@ -85,12 +104,12 @@ def counts_of(rows: Sequence[Row]) -> Figures:
     }
 
 
-def _tokens(rows: Sequence[Row]) -> Mapping[int, float]:
-    """Output tokens of each sample, the median of its repeats."""
-    by_sample: defaultdict[int, Counter[int]] = defaultdict(Counter)
+def _tokens(rows: Sequence[Row]) -> dict[Hashable, float]:
+    """Output tokens of each question, the median of its repeats."""
+    by_part: defaultdict[Part, Counter[int]] = defaultdict(Counter)
     for row in rows:
-        by_sample[row["sample"]][row["repeat"]] += row["num_output_tokens"]
-    return {sample: float(np.median(list(repeats.values()))) for sample, repeats in by_sample.items()}
+        by_part[_part(row)][row["repeat"]] += row["num_output_tokens"]
+    return {part: float(np.median(list(repeats.values()))) for part, repeats in by_part.items()}
 
 
 def _equal(rows: Sequence[Row], base: Sequence[Row]) -> float | None:

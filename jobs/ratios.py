@@ -1,7 +1,7 @@
 """Medians and ratios of paired times, with 95% intervals that do not promise more than was measured."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ _FEW_SAMPLES = 5
 # Student's t, 97.5%, by degrees of freedom from 1.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
-Times = Mapping[int, Mapping[int, float]]  # seconds by sample and repeat
+Times = Mapping[Hashable, Mapping[int, float]]  # seconds by sample and repeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Estimate:
         return {"value": round(self.value, digits), "interval": bounds}
 
 
-def ratio(base: Times, own: Times, samples: Sequence[int]) -> Estimate | None:
+def ratio(base: Times, own: Times, samples: Sequence[Hashable]) -> Estimate | None:
     """How many times as fast as `base` a method is over samples: summed medians of repeats; None if nothing is paired.
 
     The interval is a bootstrap over the samples, and over the repeats of all of them together, which shared the
@@ -45,13 +45,13 @@ def ratio(base: Times, own: Times, samples: Sequence[int]) -> Estimate | None:
     return Estimate(float(medians[0] / medians[1]), _interval(times))
 
 
-def rate(count: Mapping[int, float], own: Times, samples: Sequence[int]) -> Estimate | None:
+def rate(count: Mapping[Hashable, float], own: Times, samples: Sequence[Hashable]) -> Estimate | None:
     """Things a second over samples, `count` of each sample; see `ratio`."""
     base = {sample: dict.fromkeys(own[sample], count[sample]) for sample in samples if sample in own}
     return ratio(base, own, samples)
 
 
-def _common(base: Times, own: Times, sample: int) -> set[int]:
+def _common(base: Times, own: Times, sample: Hashable) -> set[int]:
     return set(base.get(sample, ())) & set(own.get(sample, ()))
 
 
