@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from actors.contestant import local_search, run
 from benchmarks.common import report
 from datastore import Datastore
-from jobs.simulate import local_search, run
 from pipeline.calibration import NUM_WEIGHTS, _accumulate, first_weights, shipped_weights
 from pipeline.methods import method_named
 from pipeline.replay import Recording, ReplayEngine

@@ -2,18 +2,16 @@
 
 import argparse
 import json
-import platform
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.machine import machine
 from pipeline.assemble import EngineOptions, build_engine
 from pipeline.engine import Engine
 from pipeline.methods import method_named
@@ -84,21 +82,6 @@ def shuffled(prompts: Sequence[Prompt], seed: int) -> list[int]:
     return order
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    names = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def report(results: dict[str, Any], output: Path | None) -> None:
     """Prints results as JSON, and writes them to a file if one is named."""
     text = json.dumps({"machine": machine(), **results}, indent=2)
@@ -106,8 +89,3 @@ def report(results: dict[str, Any], output: Path | None) -> None:
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -3,48 +3,46 @@
     python -m benchmarks.methods --prompts PROMPTS/*.jsonl --datastore STORE --slots 1 \\
         --methods plain context:8 corpus:8 draft:12 switch:16 rasd-fixed:16 rasd --output methods.json
 
-A method may keep some of its sources only (`rasd-fixed@draft+context`) and be followed by its fixed budget, which `rasd
-simulate` finds on other prompts; without one it tunes itself. Every repeat begins with new engines: nothing is learned,
-cached or found from an earlier one. At one slot a sample is one prompt; at more, one batch of a task's prompts. The
-ratio over a set is that of summed times; its 95% interval is a bootstrap over the set's prompts, whose time is the
-median of its repeats.
+`rasd throughput` without a cluster, for prompts of random tokens, too: the measurement is `jobs.contest`, the
+statistics are `jobs.ratios`. A method may keep some of its sources only (`rasd-fixed@draft+context`) and be followed by
+its fixed budget, which `rasd simulate` finds on other prompts; without one it tunes itself. At one slot a sample is one
+prompt; at more, one batch of a task's prompts.
 """
 
-import random
-import statistics
 import sys
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.common import Prompt, load, load_prompts, parser, report
-from datastore import Datastore, LiveStore
-from jobs.simulate import local_search, run
-from pipeline.assemble import EngineOptions, build_engine
-from pipeline.drafts import load_draft
-from pipeline.engine import Engine
-from pipeline.methods import method_named
-from pipeline.models import resolve_model
-from pipeline.request import Generation, Request, SamplingParams
+from actors.contest import Contestants, ContestConfig, Question
+from benchmarks.common import parser, report
+from jobs.contest import Contest, LocalReplica, Measured, Sample, measure
+from jobs.questions import read_questions
+from jobs.ratios import Times, ratio
+from pipeline.request import Generation, SamplingParams
 
-_RESAMPLES = 2000
 _LONG = ("docqa", "summary", "rag")  # judged together, too
+_RANDOM = "random"
+_MAX_CONTEXT = 2048
 
 
 @dataclass(slots=True)
 class Contender:
-    """A method under test: its engine of this repeat, and over all repeats seconds by sample and by phase."""
+    """A method under test, over all repeats: seconds by sample and by phase, and its newest generations."""
 
-    engine: Engine | None = None
-    live: LiveStore | None = None
-    seconds: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[int, dict[int, float]] = field(default_factory=dict)
     done: dict[int, list[Generation]] = field(default_factory=dict)
     phases: Counter[str] = field(default_factory=Counter)
+
+    def take(self, measured: Measured) -> None:
+        """One more sample."""
+        number = measured.sample.number
+        self.seconds.setdefault(number, {})[measured.repeat] = measured.timed.seconds
+        self.done[number] = [answer.generation for answer in measured.timed.answers]
+        self.phases.update(measured.timed.phases)
 
 
 def main() -> None:
@@ -66,65 +64,58 @@ def main() -> None:
     arguments.add_argument("--slots", type=int, default=1)
     arguments.add_argument("--dtype", default="bfloat16")
     options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
-    _, tokenizer = load(options.model, getattr(torch, options.dtype))
-    prompts = load_prompts(options.prompts, tokenizer, options.per_task, options.tasks, options.skip)
-    prompts += _random_words(options.random_words)
-    samples = [[prompt] for prompt in prompts]
+    contestants = Contestants(_config(options))
+    contestants.start()
+    questions = [*read_questions(options.prompts, options.per_task, options.tasks, options.skip)]
+    questions += _random_words(options.random_words)
+    groups = [[question] for question in questions]
     if options.slots > 1:
-        samples = [[p for p in prompts if p.task == task] for task in sorted({p.task for p in prompts})]
-    store = Datastore.open(options.datastore, dense=False) if options.datastore else None
+        groups = [[q for q in questions if q.task == task] for task in sorted({q.task for q in questions})]
+    contest = Contest(
+        methods=options.methods,
+        samples=[Sample(number, group[0].task, tuple(group)) for number, group in enumerate(groups)],
+        slots=options.slots,
+        repeats=options.repeats,
+        params=SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature),
+        max_context=_MAX_CONTEXT,
+    )
     contenders = {name: Contender() for name in options.methods}
-    params = SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-    for repeat in range(options.repeats):
-        for name, contender in contenders.items():
-            _renew(contender, options, name, store)
-            _run(contender, [_random_words(1)[0]], SamplingParams(max_new_tokens=16))  # compiles
-        for number, sample in enumerate(samples):
-            order = list(contenders)
-            random.Random(1000 * repeat + number).shuffle(order)
-            for name in order:
-                contender = contenders[name]
-                begin = time.perf_counter()
-                contender.done[number] = _run(contender, sample, params)
-                contender.seconds[number].append(time.perf_counter() - begin)
-        for contender in contenders.values():
-            assert contender.engine is not None
-            contender.phases.update(contender.engine.phases.seconds)
-        print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
+    for measured in measure(contest, LocalReplica(contestants)):
+        for each in measured:
+            contenders[each.method].take(each)
+        if measured[0].sample is contest.samples[-1]:
+            print(f"repeat {measured[0].repeat + 1} of {options.repeats}", file=sys.stderr)
     names = ("slots", "dtype", "temperature", "max_new_tokens", "per_task", "skip", "repeats", "live")
     facts = {name: getattr(options, name) for name in names}
-    report({**facts, "has_datastore": store is not None, "methods": _results(contenders, samples)}, options.output)
+    facts["has_datastore"] = options.datastore is not None
+    report({**facts, "methods": _results(contenders, contest.samples)}, options.output)
 
 
-def _renew(contender: Contender, options: Any, name: str, store: Datastore | None) -> None:
-    """Gives a contender a new engine and an empty live store."""
-    method_name, _, budget = name.partition(":")
-    provided = {"draft"} | ({"corpus"} if store is not None else set()) | ({"live"} if options.live == "on" else set())
-    method = method_named(method_name, provided)
-    model, tokenizer = load(options.model, getattr(torch, options.dtype))
-    draft = load_draft(options.draft, model, resolve_model(options.model)) if "draft" in method.sources else None
-    searchers, contender.live = local_search(method, store, model.config.vocab_size)
-    chosen = EngineOptions(num_slots=options.slots, budget=int(budget) if budget else None, max_context=2048)
-    contender.engine = build_engine(model, tokenizer, method, chosen, searchers, draft)
+def _config(options: Any) -> ContestConfig:
+    sources = ("draft", *(["corpus"] if options.datastore else []), *(["live"] if options.live == "on" else []))
+    return ContestConfig(
+        model=options.model,
+        revision=None,
+        dtype=options.dtype,
+        device="cpu",
+        methods=tuple(options.methods),
+        sources=sources,
+        draft=options.draft,
+        datastore=options.datastore,
+        num_threads=options.threads,
+    )
 
 
-def _run(contender: Contender, sample: Sequence[Prompt], params: SamplingParams) -> list[Generation]:
-    assert contender.engine is not None
-    requests = [Request(i, prompt.ids, params, seed=i) for i, prompt in enumerate(sample)]
-    return run(contender.engine, requests, contender.live)
-
-
-def _random_words(count: int) -> list[Prompt]:
+def _random_words(count: int) -> list[Question]:
     """Prompts in which nothing repeats and after which nothing is likely."""
     draws = np.random.default_rng(0).integers(1000, 48000, (count, 120))
-    return [Prompt(f"random-{i}", "random", tuple(row.tolist())) for i, row in enumerate(draws)]
+    return [Question(i, f"random-{i}", _RANDOM, ids=tuple(row.tolist())) for i, row in enumerate(draws)]
 
 
-def _results(contenders: Mapping[str, Contender], samples: Sequence[Sequence[Prompt]]) -> dict[str, Any]:
-    tasks = [sample[0].task for sample in samples]
+def _results(contenders: Mapping[str, Contender], samples: Sequence[Sample]) -> dict[str, Any]:
+    tasks = [sample.task for sample in samples]
     sets = {task: [i for i, own in enumerate(tasks) if own == task] for task in sorted(set(tasks))}
-    everything = [i for i, task in enumerate(tasks) if task != "random"]
+    everything = [i for i, task in enumerate(tasks) if task != _RANDOM]
     sets = {"all": everything, "long": [i for i in everything if tasks[i] in _LONG], **sets}
     plain = contenders.get("plain")
     return {name: _figures(contender, plain, sets) for name, contender in contenders.items()}
@@ -140,32 +131,18 @@ def _figures(contender: Contender, plain: Contender | None, sets: Mapping[str, S
 
 def _of_set(contender: Contender, plain: Contender | None, chosen: Sequence[int]) -> dict[str, Any]:
     done = [generation for i in chosen for generation in contender.done[i]]
-    own = np.array([statistics.median(contender.seconds[i]) for i in chosen])
+    own: Times = contender.seconds
     rounds = max(sum(generation.rounds for generation in done), 1)
+    seconds = sum(float(np.median(list(own[i].values()))) for i in chosen)
     figures: dict[str, Any] = {
-        "tokens_per_second": round(sum(len(g.token_ids) for g in done) / float(own.sum()), 2),
+        "tokens_per_second": round(sum(len(g.token_ids) for g in done) / seconds, 2),
         "tau": round(sum(len(g.token_ids) - 1 for g in done) / rounds, 3),
         "nodes": round(sum(g.drafted for g in done) / rounds, 2),
     }
-    if plain is not None:
-        base = np.array([statistics.median(plain.seconds[i]) for i in chosen])
-        figures["ratio"] = round(float(base.sum() / own.sum()), 3)
-        figures["interval"] = _interval(contender, plain, chosen)
+    if plain is not None and (paired := ratio(plain.seconds, own, chosen)) is not None:
+        figures["ratio"] = round(paired.value, 3)
+        figures["interval"] = None if paired.interval is None else [round(bound, 3) for bound in paired.interval]
     return figures
-
-
-def _interval(contender: Contender, plain: Contender, chosen: Sequence[int]) -> list[float]:
-    """Bootstrap over prompts, and over the repeats of each."""
-    own = np.array([contender.seconds[i] for i in chosen])  # [prompts, repeats]
-    base = np.array([plain.seconds[i] for i in chosen])
-    random_state = np.random.default_rng(0)
-    ratios = []
-    for _ in range(_RESAMPLES):
-        rows = random_state.integers(0, len(own), len(own))
-        repeats = random_state.integers(0, own.shape[1], own.shape[1])
-        medians = [np.median(seconds[rows][:, repeats], axis=1).sum() for seconds in (base, own)]
-        ratios.append(medians[0] / medians[1])
-    return [round(float(bound), 3) for bound in np.percentile(ratios, [2.5, 97.5])]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": ("jobs.merge", "write a job's output as one file"),
     "train-draft": ("jobs.train_draft", "train a draft head on a target's own answers, resumable"),
     "simulate": ("jobs.simulate", "play recorded generations through methods and budgets, without the target"),
+    "throughput": ("jobs.throughput", "measure methods against plain decoding on a cluster, with a report to look at"),
     "datastore": ("jobs.datastore", "build, grow, show and check datastores for retrieval"),
 }
 

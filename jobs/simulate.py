@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from actors.searchers import LocalPassages, LocalSearcher, Misses
-from datastore import Datastore, LiveStore
+from actors.contestant import local_search, run
+from actors.searchers import LocalPassages, Misses
+from datastore import Datastore
 from jobs.backend import SHIPPED
 from jobs.commit import committed_parts
 from jobs.facts import has_draft, model_facts
@@ -35,15 +36,13 @@ from jobs.training_data import check_answers, prompt_ids
 from pipeline.assemble import EngineOptions
 from pipeline.digests import files_sha256
 from pipeline.drafts import load_draft
-from pipeline.engine import Engine
 from pipeline.errors import ConfigError, InputError
 from pipeline.head_files import CONFIG, WEIGHTS, is_head, shipped_head
 from pipeline.methods import Method, method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.record import record
 from pipeline.replay import Recording, ReplayEngine, with_tuples
-from pipeline.request import Generation, Request, SamplingParams
-from pipeline.search import Searcher
+from pipeline.request import Generation, SamplingParams
 
 _RECORDED_SLOTS = 16
 
@@ -139,29 +138,6 @@ def play(
         "tokens_per_second": round(sum(len(g.token_ids) for g in done) / engine.clock.now, 2),
         "by_task": {task: summary(generations) for task, generations in by_task.items()},
     }
-
-
-def local_search(
-    method: Method, store: Datastore | None, vocab_size: int
-) -> tuple[tuple[Searcher, ...], LiveStore | None]:
-    """What searches a method's sources in this process, and its live store, empty, if it has that source."""
-    live = LiveStore(vocab_size) if "live" in method.sources else None
-    if not {"corpus", "live"} & set(method.sources):
-        return (), None
-    return (LocalSearcher(store if "corpus" in method.sources else None, live),), live
-
-
-def run(engine: Engine, requests: Iterable[Request], live: LiveStore | None) -> list[Generation]:
-    """Generates for all requests, in the order in which they end; a finished output can be found at once."""
-    done: list[Generation] = []
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work:
-        finished = engine.step()
-        done += finished
-        if live is not None and finished:
-            live.append([np.asarray(generation.token_ids, np.int32) for generation in finished])
-    return done
 
 
 def summary(done: Sequence[Generation]) -> dict[str, Any]:

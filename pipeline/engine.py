@@ -19,6 +19,7 @@ from pipeline.methods import Proposers
 from pipeline.pages import PagePool, pool_index
 from pipeline.phases import Phases
 from pipeline.proposal import Committed, FeatureDrafter, SlotView
+from pipeline.provenance import Recorder
 from pipeline.request import Generation, Request
 from pipeline.retrieval import Retrieval
 from pipeline.sampling import Choices, choose
@@ -58,6 +59,7 @@ class Engine:
     Attributes:
         target, drafter: its models.
         phases: where the time of its rounds went.
+        recorder: told of every token; None, as at first, if nobody wants to know.
 
     Args:
         target: the model over its KV pool.
@@ -97,6 +99,7 @@ class Engine:
         self._overhead = 0.0  # seconds of a round's commit, lately
         self._clock = clock
         self.phases = Phases(clock)
+        self.recorder: Recorder | None = None
         self._scheduler = Scheduler(
             config.num_slots, pool, config.prefill_chunk, proposers.retrievers, proposers.drafter
         )
@@ -305,6 +308,9 @@ class Engine:
         self._emitted += slot.length - length
         if is_round:
             slot.count_round(tree, kept)
+        if self.recorder is not None:
+            new = slot.tokens[length : slot.length]
+            self.recorder.emitted(slot.request.request_id, slot.rounds, tree, accepted, new)
         if is_round and not self._rests:
             proposed, along = self._proposed.get(slot.number, EMPTY_TREE), token_ids[[0, *(accepted + 1).tolist()]]
             self._acceptance.observe(proposed, along)

@@ -1,4 +1,4 @@
-"""A real S3 server, moto's, in a process of its own, and a Ray cluster whose workers know it."""
+"""A real S3 server, moto's, in a process of its own, a Ray cluster whose workers know it, and a throughput run."""
 
 import os
 import shutil
@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
+
+from jobs.cli import main
+from tests.jobs.throughput_run import words, write_questions
 
 BUCKET = "rasd-tests"
 
@@ -68,3 +71,11 @@ def s3_cluster(s3_server: str) -> Iterator[str]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     yield cluster.address
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def throughput_output(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of `rasd throughput`, done once for all tests that look at it."""
+    folder = tmp_path_factory.mktemp("throughput")
+    assert main(words(write_questions(folder / "question.jsonl"), folder / "out", cluster)) == 0
+    return folder / "out"
