@@ -62,7 +62,8 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take():
-                for generation in self._engine.step():
+                # A request that was refused leaves an idle engine idle.
+                for generation in self._engine.step() if self._engine.has_work else ():
                     self._waiting.pop(generation.request_id).put(Outcome(generation.request_id, generation))
             self._fail(
                 JobError("The replica was stopped before the row was finished; the same command resumes the job.")

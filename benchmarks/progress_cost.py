@@ -7,6 +7,7 @@ writing, waiting for the disk), the part file at the end included. The engine ha
 """
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     records = [_record(i, options.tokens) for i in range(int(options.rows_per_second * options.seconds))]
     results: dict[str, Any] = {"rows": len(records), "tokens": options.tokens, "seconds": options.seconds}
-    for name in ("without", "with"):
+    for name in ("warm-up", "without", "with"):
         with tempfile.TemporaryDirectory(prefix="progress-", dir=options.directory) as directory:
-            results[name] = measure(Path(directory), records, options.rows_per_second, is_kept=name == "with")
+            rows, rate = (records[:100], 1e9) if name == "warm-up" else (records, options.rows_per_second)
+            results[name] = measure(Path(directory), rows, rate, is_kept=name == "with")
+    del results["warm-up"]
     results["share_of_time"] = (results["with"]["busy_seconds"] - results["without"]["busy_seconds"]) / options.seconds
     report(results, options.output)
 
@@ -68,8 +71,10 @@ def measure(directory: Path, records: list[Record], rate: float, *, is_kept: boo
 
 def _record(index: int, tokens: int) -> Record:
     generation = fake_generation(f"prompt {index}", index)
-    generation = replace(generation, token_ids=tuple(range(tokens)), text="word " * tokens)
-    return generated_record(InputRow(index, str(index), prompt="word " * 200), 0, index, generation)
+    token_ids = random.Random(index).choices(range(49_152), k=tokens)
+    text = " ".join(f"{token:x}" for token in token_ids)
+    generation = replace(generation, token_ids=tuple(token_ids), text=text)
+    return generated_record(InputRow(index, str(index), prompt=text), 0, index, generation)
 
 
 if __name__ == "__main__":

@@ -201,3 +201,16 @@ def test_rows_are_safe_while_others_are_generated_and_the_next_attempt_makes_onl
     tables = [pq.read_table(task.part_path) for task in tasks[:3]]
     assert tables[1].equals(tables[2]) and tables[1].equals(tables[0]), "a plain copy at one slot, statistics included"
     assert replica.progress().resumed_rows == second.stats.resumed_rows + 6
+
+
+def test_a_row_that_is_refused_by_an_idle_engine_is_an_error_row_and_the_next_is_generated(tmp_path: Path) -> None:
+    """The engine was asked for a round over nothing, which failed it, and the whole job."""
+    replica = new_replica(tmp_path, (), None)
+    long = InputRow(0, "0", prompt="tea " * 300)
+    paths = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+    alone = replica.run_shard(ShardTask(0, 0, (long,), paths[0], SCHEMA))
+    time.sleep(0.2)  # for the engine's thread to come to its round
+    after = replica.run_shard(ShardTask(1, 0, ROWS[1:], paths[1], SCHEMA))
+    replica.stop()
+    assert pq.read_table(paths[0])["error_type"].to_pylist() == ["prompt_too_long"]
+    assert (alone.stats.errors, after.stats.samples_ok) == (1, 1)
