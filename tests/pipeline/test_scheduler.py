@@ -5,28 +5,25 @@ shared prefixes or accepted nodes changes an output or trips a check of the toy.
 """
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from typing import cast
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.context import ContextRetriever
 from pipeline.engine import Engine, EngineConfig
-from pipeline.errors import JobError, RowError
+from pipeline.errors import RowError
 from pipeline.methods import Proposers
-from pipeline.packing import Run
 from pipeline.pages import PagePool
 from pipeline.proposal import NullDrafter, Retriever, SlotView
 from pipeline.request import Generation, Request, SamplingParams
 from pipeline.scheduler import Scheduler, Work
 from pipeline.slots import Slot
 from pipeline.stopping import StopCheck
-from pipeline.target import Forward, Target
+from pipeline.target import Target
 from pipeline.tree import EMPTY_TREE, TokenTree
 from tests.pipeline.toys import ToyDecoder, ToyTarget
 
@@ -148,57 +145,6 @@ def test_every_request_ends_once_with_plain_text_in_any_pool(data: st.DataObject
     assert engine._scheduler.pool.num_idle == num_pages
     again = [request(0, requests[0].prompt_ids, 5)]
     assert_plain(toy, again, run_all(engine, again, 500), max_context)
-
-
-class StarvedTarget(ToyTarget):
-    """Has no memory for more than `most_rows` rows, nor at the calls whose numbers are in `failing`."""
-
-    def __init__(self, num_pages: int, page_size: int, most_rows: int, failing: AbstractSet[int] = frozenset()) -> None:
-        super().__init__(num_pages, page_size)
-        self.most_rows = most_rows
-        self.num_failures = 0
-        self._failing = failing
-        self._calls = 0
-
-    def forward(self, runs: list[Run]) -> Forward:
-        found = super().forward(runs)  # memory may end when all is written
-        self._call(sum(len(run) for run in runs) > self.most_rows)
-        return found
-
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        self._call(False)
-        super()._move(source, target)
-
-    def _call(self, fails: bool) -> None:
-        self._calls += 1
-        if fails or self._calls in self._failing:
-            self.num_failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-@settings(deadline=None, max_examples=100)
-@given(data=st.data())
-def test_where_memory_ends_half_as_many_slots_go_on(data: st.DataObject) -> None:
-    """Wherever in a round it ends: pages that were promised but never written must not be shared."""
-    failing = data.draw(st.sets(st.integers(1, 30), max_size=1))
-    toy = StarvedTarget(60, 4, most_rows=data.draw(st.integers(80, 400)), failing=failing)
-    template = data.draw(st.lists(st.integers(0, 1), max_size=20))
-    prompts = data.draw(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=30), min_size=1, max_size=12))
-    requests = [request(i, [*template, *prompt], 12) for i, prompt in enumerate(prompts)]
-    guesser = GuessingRetriever(toy, 3)
-    engine = engine_of(toy, (guesser,), 16, 512, 7, 100)
-    assert_plain(toy, requests, run_all(engine, requests, 2000), 100)
-    assert engine._scheduler.num_slots == max(16 >> toy.num_failures, 1)
-    assert engine._scheduler.pool.num_idle == 60
-    assert not guesser.slots
-
-
-def test_memory_for_not_even_one_slot_is_told() -> None:
-    toy = StarvedTarget(60, 4, most_rows=0)
-    engine = engine_of(toy, (), 16, 512, 7, 100)
-    with pytest.raises(JobError, match=r"one slot.*Tried to allocate 2\.00 GiB"):
-        run_all(engine, [request(0, [1, 2, 3], 4)], 50)
-    assert engine._scheduler.num_slots == 1
 
 
 def drive(scheduler: Scheduler, toy: ToyTarget, trees: dict[int, TokenTree] | None = None) -> list[Work]:
