@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from actors.object_store import is_uri
 from jobs.commit import committed_parts
 from jobs.files import read_json, writing
-from jobs.storage import open_storage
+from jobs.storage import job_name, open_storage
 from pipeline.durable import fsync, replace_json
 from pipeline.errors import ConfigError, InputError
 
@@ -76,19 +76,35 @@ def write_inputs(
 def read_outputs(output: str | Path) -> "Dataset":
     """The committed rows of a job, in the order of its inputs, as a dataset.
 
+    Args:
+        output: the job's `--output`, a directory or URI; every node reads it with the settings of its own environment.
+
     Raises:
-        ConfigError: it is on an object store.
+        ConfigError: a URI that cannot be used.
         InputError: it holds none, or a part file is not what its commit says.
     """
     import ray.data
 
-    if is_uri(str(output)):
-        raise ConfigError(f"{str(output)!r} is a URI; copy the output to a directory, or `rasd merge` it into a file.")
-    storage = open_storage(Path(output).expanduser().absolute())
-    paths = [storage.where(part.key) for part in committed_parts(storage, str(output))]
-    if not paths:
+    name = job_name(str(output))
+    storage = open_storage(name)
+    keys = [part.key for part in committed_parts(storage, str(output))]
+    if not keys:
         raise InputError(f"{output} holds no committed rows. Run the job first.")
-    return _in_order(ray.data.read_parquet(paths))
+    if not is_uri(name):
+        return _in_order(ray.data.read_parquet([storage.where(key) for key in keys]))
+    # Ray reads object stores with other clients, which take their settings from elsewhere than the job did.
+    parts = ray.data.from_items([{"key": key} for key in keys], override_num_blocks=len(keys))
+    return _in_order(parts.map_batches(lambda batch: _read_parts(batch, name), batch_size=1, batch_format="pyarrow"))
+
+
+def _read_parts(batch: pa.Table, output: str) -> pa.Table:
+    """Part files of a job's output by their keys, where a task of Ray Data runs."""
+    storage = open_storage(output)
+    tables = []
+    for key in batch["key"].to_pylist():
+        with storage.open(key) as file:
+            tables.append(pq.read_table(file))
+    return pa.concat_tables(tables)
 
 
 def _write(dataset: "Dataset", directory: Path, rows_per_file: int) -> int:

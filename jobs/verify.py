@@ -42,7 +42,10 @@ def verify(directory: str) -> int:
     if len(problems) > _MOST_SHOWN:
         print(f"and {len(problems) - _MOST_SHOWN} more")
     if problems:
-        print("The command of the job, run again, generates anew what is missing or damaged.")
+        print(
+            "The command of the job, run again, generates anew what is missing or of another size. Remove first what"
+            " only its sha256 gives away."
+        )
     record = {
         "state": "damaged" if problems else "intact",
         "rows": output.stats.rows,

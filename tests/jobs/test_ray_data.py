@@ -110,6 +110,25 @@ def test_a_datasets_job_gives_every_row_once_and_resumes_after_writing_again(tmp
         read_outputs(tmp_path / "in")
 
 
+def test_outputs_on_an_object_store_are_read_as_those_of_a_directory(tmp_path: Path, uri: str, s3_cluster: str) -> None:
+    """They were refused."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"tell me {i}", "n": i}) + "\n" for i in range(40)) + "{broken\n")
+    found = []
+    for output in (str(tmp_path / "out"), uri):
+        words = ["--model", "m", "--prompts", str(prompts), "--output", output, "--quiet", "--ray-address", s3_cluster]
+        assert generate(parse(words), FakeBackend()) == 0
+        ray.init(address=s3_cluster, log_to_driver=False, logging_level="ERROR")
+        try:
+            found.append(read_outputs(output).take_all())
+            with pytest.raises(InputError, match="holds no committed rows"):
+                read_outputs(f"{output}/none")
+        finally:
+            ray.shutdown()
+    assert [row["row_index"] for row in found[1]] == list(range(41))
+    assert found[0] == found[1]
+
+
 @pytest.mark.usefixtures("on_ray")
 def test_map_batches_appends_what_a_job_would_have_said(tmp_path: Path, cluster: str) -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"Write about {s}. It is", "text": s} for s in SUBJECTS]
