@@ -20,8 +20,10 @@ from actors.records import failed_record, generated_record, stats_of
 from actors.replica_config import ReplicaConfig
 from actors.rows import InputRow, ReplicaInfo, RowFailure, ShardResult, ShardStats, ShardTask
 from actors.shard_output import ShardOutput
+from actors.witness import Witness
 from pipeline.errors import JobError, RowError
 from pipeline.noise import row_seed
+from pipeline.provenance import Recorder
 from pipeline.request import Generation, Request
 
 _SEARCHED_ROWS = 8  # rows whose passages are looked up together, before the first of them can start
@@ -41,6 +43,7 @@ class Replica:
         self._config = config
         self._loop: EngineLoop | None = None
         self._loaded: Loaded
+        self._witness: Witness
         self._request_ids = itertools.count()
         self._stats = ShardStats()
         self._metrics = ReplicaMetrics(config.replica, config.method, config.job)
@@ -58,6 +61,8 @@ class Replica:
         self._loaded = loaded = load(config, self._metrics)
         if config.is_traced:
             loaded.engine.phases.keep_spans()
+        loaded.engine.recorder = Recorder()
+        self._witness = Witness(loaded.engine.recorder, loaded.tokenizer)
         self._loop = EngineLoop(loaded.engine)
         return ReplicaInfo(
             replica=config.replica,
@@ -95,6 +100,7 @@ class Replica:
                         continue
                     request = Request(next(self._request_ids), prompt_ids, self._config.sampling, sample.seed, passages)
                     pending[request.request_id] = sample
+                    self._witness.submitted(request.request_id)
                     loop.submit(request, outcomes)
         while pending:
             try:
@@ -117,11 +123,12 @@ class Replica:
             return self._stats
 
     def stop(self) -> list[dict[str, Any]]:
-        """Ends the engine's thread; returns the events of its rounds, if they are traced."""
+        """Ends the engine's thread; returns what it can tell of its rounds, and their events if they are traced."""
         if self._loop is None:
             return []
         self._loop.stop()
-        return self._loop.phases.events(self._config.replica)
+        phases, replica = self._loop.phases, self._config.replica
+        return [self._witness.event(replica, dict(phases.seconds)), *phases.events(replica)]
 
     @property
     def _engine_loop(self) -> EngineLoop:
@@ -149,6 +156,7 @@ class Replica:
         if isinstance(result, Generation):
             record = generated_record(sample.row, sample.sample, sample.seed, result)
             self._loaded.keep(result)
+            self._witness.finished(sample.row, result)
         else:
             failure = RowFailure(result.error_type, str(result)) if isinstance(result, RowError) else result
             record = failed_record(sample.row, sample.sample, sample.seed, failure)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+WITNESSED = "report"  # name of the event in which a replica tells, at its end, how its tokens came about
+
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from actors.metrics import JobMetrics
-from actors.rows import ReplicaInfo, ShardStats
+from actors.rows import WITNESSED, ReplicaInfo, ShardStats
 from jobs.backend import AUTO_SLOTS, Backend, Launch, Retrieving
 from jobs.cluster import connected, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
 from jobs.driver import ATTEMPTS_A_RUN, Driver, DriverConfig
 from jobs.files import write_json
+from jobs.html.job_page import render_job
 from jobs.inputs import Inputs
 from jobs.places import Places
 from jobs.plan import ModelFacts, Plan, bind, plan_record
@@ -25,7 +26,7 @@ from jobs.report import Clock, error_types, job_record, print_outcome
 from jobs.retry import reopen_failed
 from jobs.shards import open_shards
 from jobs.signals import StopSignals
-from jobs.storage import PLAN, REPORT, HeldLease, Storage, job_name
+from jobs.storage import PAGE, PLAN, REPORT, HeldLease, Storage, job_name
 
 EXIT_ERROR_RATE = 3
 # progress and stop are answered beside the shards.
@@ -215,11 +216,15 @@ class Job:
             "dtype": self._plan.fingerprint["dtype"],
             "output": self._output.where(),
         }
-        if self._config.trace is not None and self._events:
-            trace = {"traceEvents": self._events, "displayTimeUnit": "ms"}
+        told = [event["args"] for event in self._events if event["name"] == WITNESSED]
+        spans = [event for event in self._events if event["name"] != WITNESSED]
+        if self._config.trace is not None and spans:
+            trace = {"traceEvents": spans, "displayTimeUnit": "ms"}
             write_json(Path(self._config.trace).expanduser(), trace)
         record = job_record(state, self._total, self._run_stats, clock, facts)
         self._output.write(REPORT, record)
+        if told:  # a run that found all rows done leaves the page of the one that made them
+            self._output.write_text(PAGE, render_job({**record, "tau": self._total.tau}, told))
         if is_done:
             self._log.finish()
         print_outcome(record, is_quiet=self._config.quiet)

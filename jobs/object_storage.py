@@ -97,6 +97,10 @@ class ObjectStorage:
         with _answering():
             self._store.write(key, _json(value))
 
+    def write_text(self, key: str, text: str) -> None:
+        with _answering():
+            self._store.write(key, text.encode())
+
     def create(self, key: str, value: Mapping[str, Any]) -> bool:
         retired = self._retired.pop(key, None)
         with _answering():

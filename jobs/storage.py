@@ -26,6 +26,7 @@ from pipeline.errors import JobError
 COMMITS = "_commits"
 PLAN = "plan.json"
 REPORT = "report.json"
+PAGE = "report.html"
 
 _PART = re.compile(r"part-\d{6,}\.parquet")
 _DEBRIS = ("_tmp/*", "_commits/*.tmp", "_lease.*.tmp", "plan.json.*.tmp", "report.json.*.tmp")
@@ -76,6 +77,9 @@ class Storage(Protocol):
 
     def write(self, key: str, value: Mapping[str, Any]) -> None:
         """Replace a file by JSON, whole or not at all."""
+
+    def write_text(self, key: str, text: str) -> None:
+        """Replace a file by text that nobody relies on."""
 
     def create(self, key: str, value: Mapping[str, Any]) -> bool:
         """Create a file with JSON only if there is none, or one that was retired; False if there is another."""
@@ -188,6 +192,11 @@ class LocalStorage:
 
     def write(self, key: str, value: Mapping[str, Any]) -> None:
         write_json(self.directory / key, value)
+
+    def write_text(self, key: str, text: str) -> None:
+        path = self.directory / key
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
 
     def create(self, key: str, value: Mapping[str, Any]) -> bool:
         create_json(self.directory / key, value)  # raises JobError if it exists: under the lock, nobody else made it

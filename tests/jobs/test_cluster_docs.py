@@ -12,10 +12,16 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from jobs.config import GenerateConfig
 from jobs.datastore_config import BuildConfig
 from jobs.options import Parser, add_options, build_config
+from jobs.throughput_config import ThroughputConfig
 from jobs.train_config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = {"generate": GenerateConfig, "build_datastore": BuildConfig, "train_draft": TrainConfig}
+CONFIGS = {
+    "generate": GenerateConfig,
+    "build_datastore": BuildConfig,
+    "train_draft": TrainConfig,
+    "throughput": ThroughputConfig,
+}
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -31,7 +37,7 @@ def commands() -> Iterator[tuple[str, str]]:
         yield module, arguments
 
 
-def test_there_are_commands_for_all_three_jobs() -> None:
+def test_there_are_commands_for_all_jobs() -> None:
     assert {module for module, _ in commands()} == set(CONFIGS)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -203,3 +204,10 @@ def test_a_part_is_never_put_over_another(uri: str) -> None:
         write_part(log, 0, attempt=1, rows=3)
         with pytest.raises(JobError, match="is there already, with another content"):
             write_part(log, 0, attempt=1, rows=2)
+
+
+def test_text_replaces_text_on_every_storage(uri: str, tmp_path: Path) -> None:
+    for storage in (open_storage(uri), open_storage(tmp_path)):
+        storage.write_text("report.html", "<p>first, longer</p>")
+        storage.write_text("report.html", "<p>naïve</p>")
+        assert storage.read("report.html") == "<p>naïve</p>".encode()

@@ -61,3 +61,10 @@ def test_a_run_that_was_stopped_compares_what_both_have() -> None:
     own = times(np.array([[1.0, 1.0], [2.0, nan], [nan, nan]]))
     found = ratio(base, own, [0, 1, 2])
     assert found is not None and found.value == pytest.approx(2.0)
+
+
+def test_the_interval_knows_how_far_repeats_differ() -> None:
+    own = 1.0 / np.tile([1.2, 1.3, 1.5, 1.7, 1.8], (6, 1))  # the machine treated the method differently each time
+    found = ratio(times(np.ones((6, 5))), times(own), range(6))
+    assert found is not None and found.interval is not None
+    assert found.interval[0] <= 1.3 and found.interval[1] >= 1.7

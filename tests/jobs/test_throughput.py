@@ -120,9 +120,7 @@ def test_trails_are_the_outputs(rows: list[dict[str, Any]]) -> None:
         assert sources.total() - sources["target"] == row["accepted"]
 
 
-def test_a_killed_run_goes_on(
-    tmp_path: Path, cluster: str, throughput_output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
     questions, output = write_questions(tmp_path / "question.jsonl"), tmp_path / "out"
     fewer = ("--slots", "1", "--max-new-tokens", "6", "--methods")
     arguments = words(questions, output, cluster, *fewer, "plain,context")
