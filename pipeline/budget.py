@@ -13,6 +13,8 @@ from pipeline.tree import TokenTree, path_values, prune
 
 _GRID = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512])
 _SMOOTHING = 0.05
+_START = 2.0  # rounds that what was measured at start counts for: it knows neither contexts nor what surrounds a pass
+_MOST_OFF = 1.5  # times the estimate that a round counts as at most
 _FAR = 0.25  # of what a round teaches about its own size, it teaches about all sizes: longer contexts slow them all
 
 
@@ -29,13 +31,19 @@ class StepTimes:
         half = len(rows) // 2  # over the upper half: one slow measurement must not make the slope vanish
         slope = (known[-1] - known[half - 1]) / (rows[-1] - rows[half - 1]) if half else known[-1] / rows[-1]
         self._seconds = np.interp(_GRID, rows, known) + slope * np.maximum(_GRID - rows[-1], 0)
+        self._seen = np.full(len(_GRID), _START)  # rounds near each
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learns from one round; a round far off the estimate (a paused machine) counts as twice that at most."""
+        """Learns from one round, from the first ones most.
+
+        A round far off the estimate, such as one in which the machine was paused, counts in part.
+        """
         expected = float(self(np.array([rows]))[0])
-        change = _SMOOTHING * (min(seconds, 2 * expected) / expected - 1.0)
+        change = min(seconds / expected, _MOST_OFF) - 1.0
         nearness = np.clip(1.0 - np.abs(np.log2(_GRID / min(rows, _GRID[-1]))), _FAR, 1.0)
-        self._seconds = np.maximum.accumulate(self._seconds * (1.0 + change * nearness))
+        self._seen += nearness
+        weight = nearness * np.maximum(_SMOOTHING, 1.0 / self._seen)
+        self._seconds = np.maximum.accumulate(self._seconds * (1.0 + weight * change))
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Seconds for each row count, [n] int -> [n] float64."""

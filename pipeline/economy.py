@@ -94,9 +94,12 @@ class Economy:
         self._drafting = 0.0  # seconds that this round's levels took
 
     def rate(self, num_slots: int) -> float:
-        """Tokens a second with so many slots: plain decoding's, times what rounds have been worth beside it lately."""
+        """Tokens a second with so many slots: plain decoding's, times what rounds have been worth beside it lately.
+
+        It is what time costs, and never less than plain decoding's: where speculation loses, time can be had back.
+        """
         plain = self._plain_rate(num_slots)
-        return plain * self._tokens / self._plain_tokens if self._plain_tokens else plain
+        return plain * max(self._tokens / self._plain_tokens, 1.0) if self._plain_tokens else plain
 
     def _plain_rate(self, num_slots: int) -> float:
         return num_slots / float(self.times(np.array([num_slots]))[0])

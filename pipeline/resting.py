@@ -11,8 +11,11 @@ from dataclasses import dataclass
 _DECAY = 0.98  # of a round in moving averages
 _MARGIN = 1.02  # by which rest must be better: what 16 slots emit in a round varies by a sixth
 # First rounds at a number of slots, which teach nothing: code is loaded, and drafts are not yet known for their worth.
-_WARM_UP, _WARM_UP_SLOTS = 16, 1024  # rounds; rounds x slots, whichever takes longer
+_WARM_UP_SLOTS = 1024  # rounds x slots
 _TRIAL = 16  # rounds of one kind before it is judged
+# With many slots a round tells more, a batch is over sooner, and there is most to lose.
+_FEW_SLOTS = 16
+_SHORT_WARM_UP, _SHORT_TRIAL = 8, 8
 _RUN_UP = 64  # rounds of rest before a trial of speculation, in which drafters follow new requests again
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
@@ -37,13 +40,15 @@ class _Worth:
 
 
 class _Level:
-    """What is known at about one number of slots."""
+    """What is known at about one number of slots, 2**size."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, size: int) -> None:
+        are_few = 2**size <= _FEW_SLOTS
         self.is_resting = False
         self._speculation, self._rest = _Worth(), _Worth()
-        self._unseen = max(_WARM_UP, _WARM_UP_SLOTS // num_slots)
-        self._left = _TRIAL  # rounds until the next decision
+        self._unseen = _WARM_UP_SLOTS >> size if are_few else _SHORT_WARM_UP
+        self._trial = _TRIAL if are_few else _SHORT_TRIAL
+        self._left = self._trial  # rounds until the next decision
         self._length = _SHORTEST
 
     @property
@@ -62,15 +67,15 @@ class _Level:
 
     def _decide(self) -> None:
         is_better = self._rest.num_rounds > 0 and self._rest.value > _MARGIN * self._speculation.value
-        if self.is_resting and not (is_better and self._rest.num_rounds == _TRIAL):
-            self.is_resting, self._left = False, _TRIAL
+        if self.is_resting and not (is_better and self._rest.num_rounds == self._trial):
+            self.is_resting, self._left = False, self._trial
         elif is_better:
             self.is_resting, self._left = True, self._length
             self._length = min(2 * self._length, _LONGEST)
         elif self._rest.num_rounds == 0 and self._speculation.value < _CERTAIN:
-            self.is_resting, self._left = True, _TRIAL
+            self.is_resting, self._left = True, self._trial
         else:
-            self._left, self._length = _TRIAL, _SHORTEST
+            self._left, self._length = self._trial, _SHORTEST
 
 
 class Resting:
@@ -78,7 +83,7 @@ class Resting:
 
     def __init__(self) -> None:
         self._levels: dict[int, _Level] = {}
-        self._level = _Level(1)  # of this round
+        self._level = _Level(0)  # of this round
 
     @property
     def is_resting(self) -> bool:
@@ -94,7 +99,7 @@ class Resting:
         """Whether a round of so many decoding slots, one at least, does without speculation."""
         size = round(math.log2(num_slots))
         if size not in self._levels:
-            self._levels[size] = _Level(num_slots)
+            self._levels[size] = _Level(size)
         self._level = self._levels[size]
         return self._level.is_resting
 

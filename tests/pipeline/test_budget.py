@@ -163,8 +163,27 @@ def test_rows_beyond_the_measured_are_never_free() -> None:
     assert float(times(np.array([640]))[0]) > 3 * float(times(np.array([64]))[0])
 
 
+def test_a_few_rounds_correct_what_was_measured_at_start() -> None:
+    """Real rounds of 64 slots took 1.4 times what empty contexts promised; a batch was over before that was learned."""
+    times = StepTimes((1, 64, 128), (0.02, 0.049, 0.077))
+    wanted = 1.4 * times(np.array([40, 83]))
+    for _ in range(5):
+        times.observe(83, float(wanted[1]))
+    assert float(times(np.array([83]))[0]) == pytest.approx(wanted[1], rel=0.12)
+    for _ in range(5):
+        times.observe(40, float(wanted[0]))
+    np.testing.assert_allclose(times(np.array([40, 83])), wanted, rtol=0.12)
+
+
 def test_one_paused_round_changes_little() -> None:
     times = StepTimes((1, 64), (0.04, 0.14))
-    before = times(np.arange(1, 600))
+    rows = np.arange(1, 600)
+    before = times(rows)
     times.observe(16, 60.0)
-    assert bool((times(np.arange(1, 600)) <= before * 1.06).all())
+    assert bool((times(rows) <= before * 1.2).all()), "even if it is the first"
+    for _ in range(30):
+        times.observe(16, float(np.interp(16, rows, before)))
+    settled = times(rows)
+    times.observe(16, 60.0)
+    assert bool((times(rows) <= settled * 1.03).all())
+    assert float(times(np.array([16]))[0]) < 1.05 * before[15]

@@ -152,6 +152,15 @@ def test_the_rate_is_that_of_recent_rounds() -> None:
     assert economy.rate(4) == pytest.approx(120)
 
 
+def test_time_never_costs_less_than_plain_decoding_would_make_of_it() -> None:
+    """Where speculation loses, its own low rate would make drafting look cheap, and it would go on losing."""
+    economy = Economy(FLAT, depth=2)
+    plain = economy.rate(4)
+    for _ in range(100):
+        economy.observe_round(num_slots=4, num_rows=20, num_tokens=4, seconds=1.2 * 4 / plain)
+    assert economy.rate(4) == pytest.approx(plain)
+
+
 def test_the_rate_follows_the_slots_at_once() -> None:
     """When a job ends few slots are left, whose tokens take longer: what was earned with many is no price for them."""
     economy = Economy(FLAT, depth=2)

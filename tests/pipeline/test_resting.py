@@ -26,6 +26,13 @@ def test_speculation_that_loses_a_little_gives_way_and_is_tried_ever_more_rarely
     assert not all(rested[10_000:])
 
 
+@pytest.mark.parametrize(("num_slots", "latest"), [(16, 96), (40, 24), (64, 24)])
+def test_with_many_slots_rest_comes_within_a_batch(num_slots: int, latest: int) -> None:
+    """A batch of 64 tokens a slot is over in 45 rounds, all of which a cold replica lost by drafting."""
+    rested = run(Resting(), 200, speculation=0.93, rest=0.99, num_slots=num_slots)
+    assert np.mean(rested[latest:]) > 0.9
+
+
 def test_rest_that_brings_less_is_tried_once() -> None:
     rested = run(Resting(), 5000, speculation=1.05, rest=0.99)
     assert 0 < sum(rested) < 50
