@@ -145,6 +145,20 @@ def test_a_killed_run_goes_on(tmp_path: Path, cluster: str, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed_samples"] == 3 * REPEATS
 
 
+def test_a_whole_model_drafts_for_us_and_for_assisted_generation(tmp_path: Path, cluster: str) -> None:
+    """Here the target itself, so that nearly all it drafts is right."""
+    questions, output = write_questions(tmp_path / "question.jsonl"), tmp_path / "out"
+    fewer = ("--slots", "1", "--repeats", "1", "--tasks", "listing", "--draft", "smollm2-135m", "--methods")
+    assert main(words(questions, output, cluster, *fewer, "plain,draft:5,hf-assisted")) == 0
+    rows = {row["method"]: row for row in read_rows(output / RESULTS)}
+    assert rows.keys() == {"plain", "draft:5", "hf-assisted"}
+    assert rows["plain"]["token_ids"] == rows["draft:5"]["token_ids"] == rows["hf-assisted"]["token_ids"]
+    assert rows["plain"]["rounds"] == len(rows["plain"]["token_ids"]) - 1
+    for name in ("draft:5", "hf-assisted"):
+        assert 0 < rows[name]["rounds"] <= rows["plain"]["rounds"] / 2
+        assert rows[name]["rounds"] + rows[name]["accepted"] == rows["plain"]["rounds"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

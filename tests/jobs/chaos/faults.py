@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # All but the last two are kills.
-SHARES = {"raylet": 0.12, "retrieval": 0.14, "replica": 0.14, "replica step": 0.12, "driver": 0.14}
+SHARES = {"raylet": 0.12, "retrieval": 0.14, "replica": 0.14, "replica step": 0.2, "driver": 0.14}
 KILLS = (*SHARES, "driver step")
 _LEADS = ("driver", "driver step", "disk full", "duplicate")
 _LOSSES = ("replica", "replica step", "raylet")
