@@ -103,6 +103,7 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
         options = EngineOptions(
             num_slots=config.slots,
             slot_tokens=config.slot_tokens,
+            gpu_share=config.gpu_share,
             budget=config.budget,
             kv_memory=config.kv_memory,
             max_context=config.max_context,

@@ -13,7 +13,7 @@ class ReplicaConfig:
     Attributes:
         device: `auto`, `cpu` or `cuda`.
         dtype: `float32`, `bfloat16` or `float16`.
-        slots, slot_tokens: see `pipeline.assemble.EngineOptions`.
+        slots, slot_tokens, gpu_share: see `pipeline.assemble.EngineOptions`.
         budget: most tree nodes a slot and round; None tunes itself.
         kv_memory: bytes for keys and values; None takes a share of what is free.
         sources: of `PROVIDED_BY` in `pipeline.methods`: what this job has.
@@ -31,6 +31,7 @@ class ReplicaConfig:
     device: str
     slots: int
     slot_tokens: int
+    gpu_share: float
     method: str
     budget: int | None
     sampling: SamplingParams

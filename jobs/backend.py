@@ -146,7 +146,7 @@ class ModelBackend:
             retrieval=None if launch.services is None else launch.services.config,
             replica=launch.replica,
             num_threads=launch.placement.num_threads,
-            is_split=launch.placement.num_gpus > 1,
+            num_gpus=launch.placement.num_gpus,
         )
         return launch.actor(Replica, replica_config)
 
@@ -162,12 +162,13 @@ def make_replica_config(
     retrieval: Any,
     replica: int,
     num_threads: int | None,
-    is_split: bool = False,
+    num_gpus: float,
 ) -> "ReplicaConfig":
     """What a replica is told: the user's options, with all that they leave open decided.
 
     Args:
         retrieval: `actors.searchers.RetrievalConfig`, or None.
+        num_gpus: that are the replica's, less than 1 if it shares one.
     """
     from actors.replica_config import ReplicaConfig
 
@@ -177,6 +178,7 @@ def make_replica_config(
         dtype=dtype,
         device=device,
         slots=AUTO_SLOTS[device] if config.slots == "auto" else config.slots,
+        gpu_share=min(num_gpus, 1.0) if num_gpus > 0 else 1.0,
         slot_tokens=_SLOT_TOKENS[device] if config.slots == "auto" else 0,
         method=retrieving.method,
         sources=tuple(retrieving.sources),
@@ -193,7 +195,7 @@ def make_replica_config(
         replica=replica,
         job=job_name(config.output),
         num_threads=num_threads,
-        is_split=is_split,
+        is_split=num_gpus > 1,
         is_traced=config.trace is not None,
     )
 

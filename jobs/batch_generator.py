@@ -73,7 +73,7 @@ class BatchGenerator:
             retrieval=_in_process(config, facts.tokenizer, retrieving),
             replica=0,
             num_threads=None if config.num_threads == "auto" else config.num_threads,
-            is_split=device == "cuda" and num_gpus > 1,
+            num_gpus=num_gpus if device == "cuda" else 0.0,
         )
         self._metrics = ReplicaMetrics(0, retrieving.method, "map_batches")
         self._loaded = load(replica_config, self._metrics)
@@ -141,9 +141,12 @@ class BatchGenerator:
         return record
 
 
-def _num_reserved_gpus() -> int:
+def _num_reserved_gpus() -> float:
     """What was asked of Ray, not what the process sees: Ray does not hide GPUs from an actor that asked for none."""
-    return len(ray.get_runtime_context().get_accelerator_ids().get("GPU", ())) if ray.is_initialized() else 0
+    if not ray.is_initialized() or not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        return 0.0
+    reserved: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    return reserved["GPU"]  # may be a part of one
 
 
 def _in_process(config: GenerateConfig, tokenizer: str, retrieving: Retrieving) -> RetrievalConfig | None:

@@ -3,11 +3,19 @@
 import json
 from dataclasses import asdict
 
+from jobs.backend import AUTO_SLOTS
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, Plan
 from jobs.report import print_table
 
 _GIB = 1 << 30
+
+
+def _kv(config: GenerateConfig, memory: MemoryEstimate) -> str:
+    if config.slots == "auto" and memory.slots != AUTO_SLOTS["cpu"]:
+        each = f"{memory.kv_per_token / 1024:.0f} KiB KV a token"
+        return f"{each}: slots by free memory, {memory.slots} at most, rows of up to {memory.max_context} tokens"
+    return f"{memory.kv / _GIB:.2f} GiB KV at most: {memory.slots} slots x {memory.max_context} tokens"
 
 
 def print_plan(plan: Plan, config: GenerateConfig, method: str, memory: MemoryEstimate) -> None:
@@ -22,7 +30,7 @@ def print_plan(plan: Plan, config: GenerateConfig, method: str, memory: MemoryEs
                 ("method", method),
                 ("replicas", config.num_replicas),
                 ("memory", f"{memory.weights / _GIB:.2f} GiB weights a replica"),
-                ("", f"{memory.kv / _GIB:.2f} GiB KV at most: {memory.slots} slots x {memory.max_context} tokens"),
+                ("", _kv(config, memory)),
                 *(("column", f"{field.name}: {field.type}") for field in plan.schema),
             ]
         )

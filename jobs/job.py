@@ -27,6 +27,7 @@ from jobs.retry import reopen_failed
 from jobs.shards import open_shards
 from jobs.signals import StopSignals
 from jobs.storage import PAGE, PLAN, REPORT, HeldLease, Storage, job_name
+from pipeline.errors import JobError
 
 EXIT_ERROR_RATE = 3
 # progress and stop are answered beside the shards.
@@ -67,6 +68,7 @@ class Job:
         self._progress = Progress(plan.num_output_rows, is_quiet=config.quiet)
         self._total = ShardStats()
         self._run_stats = ShardStats()
+        self._failed: dict[int, Commit] = {}  # to be taken back
         self._retried_rows = 0
         self._ready_at: float | None = None
         self._metrics: JobMetrics  # once Ray is there to take them
@@ -81,7 +83,8 @@ class Job:
         self._write_plan()
         self._commits = self._log.open()
         if self._config.retry_errors:
-            self._reopen_failed()
+            self._failed = {shard: commit for shard, commit in self._commits.items() if commit.stats.errors}
+            self._commits = {shard: c for shard, c in self._commits.items() if shard not in self._failed}
         self._total = sum((commit.stats for commit in self._commits.values()), ShardStats())
         resumed = len(self._commits)
         if resumed:
@@ -107,6 +110,8 @@ class Job:
         self._plan = bound
         self._log.keep_progress(bound.fingerprint)
         self._write_plan()
+        if self._failed:  # not before somebody can do better: until then readers keep what there is
+            self._reopen_failed()
 
     def progressed(self, stats: ShardStats) -> None:
         """See `Watcher`."""
@@ -139,12 +144,10 @@ class Job:
         return self._total.errors > self._config.max_error_rate * self._plan.num_output_rows
 
     def _reopen_failed(self) -> None:
-        self._log.keep_progress(self._plan.fingerprint)
         attempt = (len(self._attempts) + 1) * ATTEMPTS_A_RUN - 1  # the last of this run, which no shard gets to
-        reopened = reopen_failed(self._commits, self._log, self._output, self._plan.schema, attempt)
-        self._retried_rows = sum(commit.stats.errors for commit in reopened)
-        for commit in reopened:
-            del self._commits[commit.shard]
+        reopen_failed(self._failed, self._log, self._output, self._plan.schema, attempt)
+        self._retried_rows = sum(commit.stats.errors for commit in self._failed.values())
+        self._failed = {}
 
     def _drive(self, inputs: Inputs) -> None:
         with connected(self._config.ray_address) as nodes, self._signals, Places(place(self._config, nodes)) as places:
@@ -223,10 +226,13 @@ class Job:
             write_json(Path(self._config.trace).expanduser(), trace)
         record = job_record(state, self._total, self._run_stats, clock, facts)
         self._output.write(REPORT, record)
-        if told:  # a run that found all rows done leaves the page of the one that made them
-            self._output.write_text(PAGE, render_job({**record, "tau": self._total.tau}, told))
         if is_done:
             self._log.finish()
+        if told:  # a run that found all rows done leaves the page of the one that made them
+            try:
+                self._output.write_text(PAGE, render_job({**record, "tau": self._total.tau}, told))
+            except JobError as error:
+                log.warning("no %s: %s", PAGE, error)
         print_outcome(record, is_quiet=self._config.quiet)
         if code == EXIT_ERROR_RATE:
             log.error(

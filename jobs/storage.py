@@ -214,8 +214,10 @@ class LocalStorage:
         return str((self.directory / PROGRESS / f"{shard:06d}" / f"{attempt:06d}").absolute())
 
     def progress_shards(self) -> set[int]:
-        folder = self.directory / PROGRESS
-        return {int(path.name) for path in folder.iterdir() if path.name.isdecimal()} if folder.is_dir() else set()
+        try:
+            return {int(path.name) for path in (self.directory / PROGRESS).iterdir() if path.name.isdecimal()}
+        except (FileNotFoundError, NotADirectoryError):  # a live driver removes it at its end
+            return set()
 
     def remove_progress(self, shards: Iterable[int]) -> None:
         for shard in shards:
@@ -246,6 +248,7 @@ class LocalStorage:
     def sweep(self, named: Callable[[], set[str]]) -> None:
         for name in ("_tmp", COMMITS, PROGRESS):
             (self.directory / name).mkdir(exist_ok=True)
+        fsync(self.directory)  # a record may go once its rows are safe in there
         kept = named()
         for path in self.directory.iterdir():
             if _PART.fullmatch(path.name) and path.name not in kept:

@@ -43,6 +43,7 @@ class EngineOptions:
 
     Attributes:
         num_slots: requests decoded at a time.
+        gpu_share: share of each GPU that this process may take.
         slot_tokens: KV memory that there must be for each, in tokens; otherwise there are fewer slots.
         budget: most tree nodes a slot and round, 0 for none; None chooses by measured step times.
         kv_memory: bytes for keys and values; None takes what `num_slots` longest sequences need, within a share of
@@ -61,6 +62,7 @@ class EngineOptions:
     drafting: DraftOptions = field(default_factory=DraftOptions)
     is_static: bool | None = None
     slot_tokens: int = 0
+    gpu_share: float = 1.0
 
 
 def build_engine(
@@ -87,7 +89,11 @@ def build_engine(
     token_bytes = shape.bytes_per_token + _draft_bytes(draft)
     page_bytes = token_bytes * PAGE_SIZE
     wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
-    memory = options.kv_memory if options.kv_memory is not None else min(wanted, _free_memory(model.device, shape))
+    memory = (
+        options.kv_memory
+        if options.kv_memory is not None
+        else min(wanted, _free_memory(model.device, shape, options.gpu_share))
+    )
     num_pages = min(memory, wanted) // page_bytes
     if num_pages * PAGE_SIZE < max_context + 1:
         max_context = (num_pages - 1) * PAGE_SIZE
@@ -200,10 +206,16 @@ def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     return asked or longest
 
 
-def _free_memory(device: torch.device, shape: KVShape) -> int:
+def _free_memory(device: torch.device, shape: KVShape, gpu_share: float) -> int:
     """Bytes for the keys and values of all layers, of which each device takes its layers' part."""
     if device.type == "cuda":
         devices = shape.devices or (device,) * shape.num_layers
-        room = (torch.cuda.mem_get_info(each)[0] * len(devices) / devices.count(each) for each in set(devices))
+        room = (_free_on(each, gpu_share) * len(devices) / devices.count(each) for each in set(devices))
         return int(min(room) * _GPU_SHARE)
     return int(psutil.virtual_memory().available * _CPU_SHARE)
+
+
+def _free_on(device: torch.device, gpu_share: float) -> float:
+    """Of a GPU's share that is this process's, what is neither taken by it nor by others."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(min(free, total * gpu_share - torch.cuda.memory_reserved(device)), 0.0)

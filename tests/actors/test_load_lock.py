@@ -88,6 +88,7 @@ def start_both(marks: Path, *, first_hangs: bool) -> list[Any]:
             device="cpu",
             slots=1,
             slot_tokens=0,
+            gpu_share=1.0,
             method="plain",
             budget=None,
             sampling=SamplingParams(max_new_tokens=4),

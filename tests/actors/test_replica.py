@@ -52,6 +52,7 @@ def new_replica(
             device="cpu",
             slots=slots,
             slot_tokens=0,
+            gpu_share=1.0,
             method="retrieval",
             budget=8,
             sampling=SamplingParams(max_new_tokens=24),

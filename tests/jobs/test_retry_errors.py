@@ -15,7 +15,7 @@ from jobs.cli import main
 from jobs.commit import read_commits
 from jobs.generation import generate
 from jobs.storage import open_storage
-from pipeline.errors import JobError
+from pipeline.errors import JobError, RasdError
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend, Faults
 from tests.jobs import retrying
@@ -61,6 +61,9 @@ def test_only_failed_rows_are_generated_and_the_others_stay(
     assert errors_of(before) == {BAD: "malformed_json", DEADLY: "killed_replica"}
     untouched = {commit.shard: commit for commit, _ in read_commits(storage) if commit and commit.shard > 1}
 
+    with pytest.raises(RasdError, match="no such weights"):
+        run(words, output, cluster, Faults(start_error="no such weights"), "--retry-errors")
+    assert retrying.table_of(output).equals(before), "taken back before anybody could do better"
     capsys.readouterr()
     assert run(words, output, cluster, Faults(ledger=str(ledger)), "--retry-errors") == 0
     _, record = last_record(capsys)
@@ -70,7 +73,7 @@ def test_only_failed_rows_are_generated_and_the_others_stay(
     )
     assert (record["errors"], record["error_types"]) == (1, {"malformed_json": 1})
     attempts = json.loads(storage.read("plan.json") or b"")["attempts"]
-    assert [attempt["retry_errors"] for attempt in attempts] == [False, True]
+    assert [attempt["retry_errors"] for attempt in attempts] == [False, True, True]
     after = retrying.table_of(output)
     assert errors_of(after) == {BAD: "malformed_json"}
     assert after["text"][DEADLY].as_py()
