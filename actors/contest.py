@@ -4,6 +4,7 @@ A plain class; `ray.remote(Contestants)` at the call site makes it an actor. Eve
 engine that has learned nothing, cached nothing and found nothing. Knows nothing of repeats, tasks or statistics.
 """
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipeline.request import Generation, Request, SamplingParams
 from pipeline.target import max_context_of
 
 _WARM_UP = (120, 16)  # tokens of prompt and output
+_KV_SHARE = 0.8  # of a GPU's free memory, for all engines together
 _TURN_TOKENS = 32  # that a template may put around what is said
 
 
@@ -162,13 +164,23 @@ class Contestants:
             ConfigError, ModelError: see `build_engine`.
         """
         self._now.clear()
+        is_on_gpu = self._model.device.type == "cuda"
+        kv_memory = None
+        if is_on_gpu:
+            gc.collect()  # engines are cycles, and their pools are large
+            torch.cuda.empty_cache()
+            num_engines = sum(name not in PEERS for name in methods)
+            kv_memory = int(_KV_SHARE * torch.cuda.mem_get_info(self._model.device)[0] / num_engines)
         vocabulary = self._model.config.get_text_config().vocab_size
         size = min(_WARM_UP[0], max_context // 2)
         words = np.random.default_rng(0).integers(vocabulary // 50, vocabulary - vocabulary // 50, size)
-        warm_up = Question(0, "warm-up", "", ids=tuple(words.tolist()))
+        # On a GPU a pass of a new size is captured first, which takes a hundred times as long: all slots come and go.
+        count, tokens = (slots, 4 * _WARM_UP[1]) if is_on_gpu else (1, _WARM_UP[1])
+        lengths = [size - size * i // (2 * count) for i in range(count)]
+        warm_up = [Question(i, f"warm-up {i}", "", ids=tuple(words[:n].tolist())) for i, n in enumerate(lengths)]
         for name in methods:
-            self._now[name] = self._contestant(name, slots, max_context)
-            self.run(name, (warm_up,), SamplingParams(max_new_tokens=min(_WARM_UP[1], size)), ())
+            self._now[name] = self._contestant(name, slots, max_context, kv_memory)
+            self.run(name, warm_up, SamplingParams(max_new_tokens=min(tokens, size)), ())
 
     def run(self, method: str, questions: Sequence[Question], params: SamplingParams, followed: Sequence[int]) -> Timed:
         """Generates for a sample.
@@ -231,7 +243,7 @@ class Contestants:
                 found.append(str(error))
         return found
 
-    def _contestant(self, name: str, slots: int, max_context: int) -> Contestant:
+    def _contestant(self, name: str, slots: int, max_context: int, kv_memory: int | None) -> Contestant:
         if name in PEERS:
             return Peer(name, self._model, self._tokenizer, slots, self._draft)
         method_name, _, budget = name.partition(":")
@@ -242,7 +254,7 @@ class Contestants:
             known = self._draft
             draft = twin(known) if known is not None else load_draft(self._config.draft, model, self._resolved)
         searchers, live = local_search(method, self._store, model.config.get_text_config().vocab_size)
-        options = EngineOptions(num_slots=slots, budget=int(budget) if budget else None, max_context=max_context)
+        options = EngineOptions(slots, int(budget) if budget else None, kv_memory, max_context)
         passages = None
         if "passages" in method.sources and self._store is not None:
             passages = LocalPassages(self._store, self._config.passages, Misses())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from actors.searchers import LocalPassages, LocalSearcher
 from datastore import Datastore, LiveStore
 from pipeline.engine import Engine
+from pipeline.errors import JobError
 from pipeline.methods import Method
 from pipeline.provenance import Counts, Recorder, TrailToken
 from pipeline.request import Generation, Request
@@ -51,13 +52,18 @@ class EngineContestant:
 
     def __init__(self, engine: Engine, live: LiveStore | None, passages: LocalPassages | None) -> None:
         self.engine = engine
+        self._num_slots = engine.num_slots
         self._live = live
         self._passages = passages
         self._recorder = engine.recorder = Recorder()
         self._rounds = 0
 
     def run(self, requests: Sequence[Request], follow: Follow, questions: Mapping[int, str]) -> list[Generation]:
-        """See `Contestant.run`."""
+        """See `Contestant.run`.
+
+        Raises:
+            JobError: memory was too short for as many slots as the figures would be for.
+        """
         if self._passages is not None:
             vocabulary = self.engine.target.config.vocab_size
             found = self._passages.passages([questions[request.request_id] for request in requests])
@@ -66,7 +72,13 @@ class EngineContestant:
                 Request(r.request_id, r.prompt_ids, r.params, r.seed, tuple(p[p < vocabulary] for p in passages))
                 for r, passages in pairs
             ]
-        return run(self.engine, requests, self._live, follow, self._count)
+        done = run(self.engine, requests, self._live, follow, self._count)
+        if self.engine.num_slots < self._num_slots:
+            raise JobError(
+                f"memory was too short for {self._num_slots} slots: {self.engine.num_slots} were left. Lower --slots,"
+                " or measure fewer methods together; what is measured stays."
+            )
+        return done
 
     def report(self, generation: Generation) -> tuple[Counts, tuple[TrailToken, ...]]:
         """See `Recorder.take`."""

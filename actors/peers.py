@@ -84,10 +84,11 @@ class Peer:
         device = self._model.device
         ids = [[pad] * n + list(r.prompt_ids) for n, r in zip(pads, requests, strict=True)]
         mask = [[0] * n + [1] * (width - n) for n in pads]
-        sampling: dict[str, Any] = {"do_sample": False}
+        # What a checkpoint's own generation config asks for beyond that is not what the methods do.
+        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
         if not params.is_greedy:
             torch.manual_seed(requests[0].seed % (1 << 63))
-            sampling = {"do_sample": True, "temperature": params.temperature, "top_k": 0}
+            sampling |= {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
         passes = 0
 
         def count(*_: Any) -> None:

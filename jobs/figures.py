@@ -39,14 +39,16 @@ def _of_method(rows: Sequence[Row], base: Sequence[Row], *, is_base: bool) -> Fi
     task_of = {_part(row): row["sample_task"] for row in rows}
     tasks = sorted({row["task"] for row in rows})
     tokens = _tokens(rows)
+    shares = len({sample for sample, _ in task_of}) < len(task_of)  # questions generated together
     sets = {ALL: sorted(task_of)} | {t: sorted(s for s in task_of if task_of[s] == t) for t in tasks}
     found = {}
     for name, samples in sets.items():
         own = rows if name == ALL else [row for row in rows if row["task"] == name]
         figures = counts_of(own)
-        speed = rate(tokens, times, samples)
+        num_timed = len({sample for sample, _ in samples}) if shares else None
+        speed = rate(tokens, times, samples, num_timed)
         figures["tokens_per_second"] = None if speed is None else speed.rounded(2)
-        paired = None if is_base else ratio(base_times, times, samples)
+        paired = None if is_base else ratio(base_times, times, samples, num_timed)
         figures["ratio"] = None if paired is None else paired.rounded()
         found[name] = figures
     return {

@@ -16,6 +16,7 @@ from jobs.sources import find_readers
 from jobs.validate import input_row
 from pipeline.errors import InputError
 
+_RESERVED = ("all", "mixed")  # what figures call sets of tasks
 _HUMANEVAL = {"task_id", "prompt", "canonical_solution"}
 
 
@@ -55,10 +56,10 @@ def _records(specs: Sequence[str]) -> Iterator[tuple[Record, str]]:
 
 
 def _task(fields: Mapping[str, Any], name: str) -> str:
-    for key in ("task", "category"):
-        if isinstance(fields.get(key), str):
-            return str(fields[key])
-    return "code" if fields.keys() >= _HUMANEVAL else PurePath(name).name.partition(".")[0]
+    given = next((str(fields[key]) for key in ("task", "category") if isinstance(fields.get(key), str)), None)
+    if given is None:
+        given = "code" if fields.keys() >= _HUMANEVAL else PurePath(name).name.partition(".")[0]
+    return f"{given} (task)" if given in _RESERVED else given
 
 
 def _question(record: Record, fields: dict[str, Any], row: int, task: str) -> Question:

@@ -27,11 +27,14 @@ class Estimate:
         return {"value": round(self.value, digits), "interval": bounds}
 
 
-def ratio(base: Times, own: Times, samples: Sequence[Hashable]) -> Estimate | None:
+def ratio(base: Times, own: Times, samples: Sequence[Hashable], num_timed: int | None = None) -> Estimate | None:
     """How many times as fast as `base` a method is over samples: summed medians of repeats; None if nothing is paired.
 
     The interval is a bootstrap over the samples, and over the repeats of all of them together, which shared the
     machine's state. Of few samples it would be too narrow: there it is at least Student's over the repeats' own ratios.
+
+    Args:
+        num_timed: how many measurements a repeat has, if samples share them; then two repeats are too few for Student.
     """
     chosen = [sample for sample in samples if _common(base, own, sample)]
     if not chosen:
@@ -42,21 +45,25 @@ def ratio(base: Times, own: Times, samples: Sequence[Hashable]) -> Estimate | No
         chosen = [sample for sample in chosen if repeats[0] in _common(base, own, sample)]
     times = np.array([[[each[sample][r] for r in repeats] for sample in chosen] for each in (base, own)])
     medians = np.median(times, axis=2).sum(axis=1)  # times: [2, samples, repeats]
-    return Estimate(float(medians[0] / medians[1]), _interval(times))
+    needed = 2 if num_timed is None else 3
+    is_narrow = min(len(chosen), num_timed or len(chosen)) < _FEW_SAMPLES and len(repeats) >= needed
+    return Estimate(float(medians[0] / medians[1]), _interval(times, is_narrow=is_narrow))
 
 
-def rate(count: Mapping[Hashable, float], own: Times, samples: Sequence[Hashable]) -> Estimate | None:
+def rate(
+    count: Mapping[Hashable, float], own: Times, samples: Sequence[Hashable], num_timed: int | None = None
+) -> Estimate | None:
     """Things a second over samples, `count` of each sample; see `ratio`."""
     base = {sample: dict.fromkeys(own[sample], count[sample]) for sample in samples if sample in own}
-    return ratio(base, own, samples)
+    return ratio(base, own, samples, num_timed)
 
 
 def _common(base: Times, own: Times, sample: Hashable) -> set[int]:
     return set(base.get(sample, ())) & set(own.get(sample, ()))
 
 
-def _interval(times: np.ndarray) -> tuple[float, float] | None:
-    """Args: times: [2, samples, repeats]."""
+def _interval(times: np.ndarray, *, is_narrow: bool) -> tuple[float, float] | None:
+    """Args: times: [2, samples, repeats]; is_narrow: whether it must not be narrower than Student's."""
     _, num_samples, num_repeats = times.shape
     if num_samples == 1 and num_repeats == 1:
         return None
@@ -66,7 +73,7 @@ def _interval(times: np.ndarray) -> tuple[float, float] | None:
     drawn = times[:, rows[:, :, None], columns[:, None, :]]  # [2, resamples, samples, repeats]
     base, own = np.median(drawn, axis=3).sum(axis=2)
     low, high = (float(bound) for bound in np.percentile(base / own, [2.5, 97.5]))
-    if num_samples < _FEW_SAMPLES and num_repeats > 1:
+    if is_narrow:
         student = _student(times)
         low, high = min(low, student[0]), max(high, student[1])
     return low, high

@@ -48,9 +48,11 @@ from pipeline.models import load_tokenizer, resolve_model
 from pipeline.request import SamplingParams
 
 PLAN = "throughput.json"
+MACHINES = "machines.json"
 SUMMARY = "results.json"
 # May differ in a resumed run: what was measured before stays comparable.
 _FREE = ("output", "quiet", "log_format", "ray_address", "repeats", "slots", "quick", "full", "traced")
+_OF_MACHINE = ("cpu", "gpu", "threads", "device", "dtype", "torch", "transformers", "rasd", "weights")
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +128,7 @@ def throughput(config: ThroughputConfig, command: str) -> int:
         signals = StopSignals()
         with _replicas(config, methods, sources, facts.revision, facts.tokenizer) as replicas, signals:
             machines = replicas.ask("start", [()] * replicas.count)
+            _bind_machines(output, machines)
             max_context = _max_context(replicas, questions, config, machines[0])
             for slots in config.slots:
                 _measure(config, methods, questions, slots, max_context, replicas, journal, signals)
@@ -281,9 +284,19 @@ def _bind(
     """Writes what is measured, or checks that it is the same as before; raises ConfigError."""
     plan = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     plan |= {"methods": list(methods), "weights": weights, "questions": [[q.row, q.id, q.task] for q in questions]}
-    recorded = read_json(output / PLAN)
+    _write_or_compare(output, PLAN, plan)
+
+
+def _bind_machines(output: Path, machines: Sequence[Mapping[str, Any]]) -> None:
+    """The same for what it is measured on: ratios of other machines, or of samples dealt out otherwise, do not mix."""
+    kept = sorted(json.dumps({name: each.get(name) for name in _OF_MACHINE}) for each in machines)
+    _write_or_compare(output, MACHINES, {"replicas": len(kept), "machines": kept})
+
+
+def _write_or_compare(output: Path, file: str, plan: Mapping[str, Any]) -> None:
+    recorded = read_json(output / file)
     if recorded is None:
-        write_json(output / PLAN, plan)
+        write_json(output / file, plan)
         return
     for name in sorted(plan.keys() | recorded.keys()):
         if plan.get(name) != recorded.get(name):

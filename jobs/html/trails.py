@@ -1,5 +1,6 @@
 """The provenance view: what report.js needs to show sampled outputs token by token, and the place where it does."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,16 @@ Trails = list[dict[str, Any]]
 def trails_of(rows: Sequence[Mapping[str, Any]]) -> Trails:
     """One entry an output with a trail: {title, said, method, tokens: [[text, source, others, score, value, depth,
     round], ...]}; sources are indices into `SOURCES`."""
+    seen: Counter[tuple[str, str]] = Counter()  # ids may repeat, and a row may have several samples
+
+    def title(row: Mapping[str, Any]) -> str:
+        key = _title(row), str(row["method"])
+        seen[key] += 1
+        return key[0] if seen[key] == 1 else f"{key[0]} ({seen[key]})"
+
     return [
         {
-            "title": _title(row),
+            "title": title(row),
             "said": str(row.get("said") or "")[:_SAID],
             "method": row["method"],
             "tokens": [

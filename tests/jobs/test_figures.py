@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jobs.figures import figures_of, times_of
+from jobs.html.trails import trails_of
 
 
 def row(row_index: int, rounds: int, seconds: float, repeat: int = 0, **more: Any) -> dict[str, Any]:
@@ -40,3 +41,11 @@ def test_a_batch_has_the_ratio_of_its_seconds_and_an_interval_over_its_questions
     assert figures["tau"] == pytest.approx(8 * 20 / 80)
     assert found["rasd"]["sets"]["a"]["ratio"] is None, "no task was alone in the batch"
     assert found["rasd"]["mixed"] is True
+
+
+def test_outputs_of_one_title_can_all_be_shown() -> None:
+    """Ids may repeat, and a row may have several samples."""
+    token = {"text": "a", "source": "target", "others": [], "score": None, "value": None, "depth": 0, "round": 0}
+    rows = [{"task": "qa", "id": "7", "method": method, "trail": [token]} for method in ("plain", "rasd", "rasd")]
+    titles = [(trail["title"], trail["method"]) for trail in trails_of(rows)]
+    assert titles == [("qa · 7", "plain"), ("qa · 7", "rasd"), ("qa · 7 (2)", "rasd")]

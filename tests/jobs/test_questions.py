@@ -80,3 +80,10 @@ def test_a_question_that_cannot_be_asked_is_named(tmp_path: Path, row: Any, mess
     with pytest.raises(InputError, match=f"bad.jsonl line 2.*{message}"):
         read_questions([file], 3)
     assert len(read_questions([file], 1, ["translation"])) == 1, "what is not asked need not be right"
+
+
+@pytest.mark.parametrize("name", ["all", "mixed"])
+def test_a_task_is_not_taken_for_a_set_of_tasks(tmp_path: Path, name: str) -> None:
+    own = write(tmp_path / f"{name}.jsonl", [{"prompt": "one"}])
+    other = write(tmp_path / "other.jsonl", [{"prompt": "two"}])
+    assert {question.task for question in read_questions([own, other], 5)} == {f"{name} (task)", "other"}

@@ -68,3 +68,16 @@ def test_the_interval_knows_how_far_repeats_differ() -> None:
     found = ratio(times(np.ones((6, 5))), times(own), range(6))
     assert found is not None and found.interval is not None
     assert found.interval[0] <= 1.3 and found.interval[1] >= 1.7
+
+
+def test_samples_that_share_a_measurement_do_not_pretend_to_be_many() -> None:
+    """A batch of ten questions, each with the same share of both methods' times: three timings, not thirty."""
+    shares = np.linspace(0.5, 1.5, 10)[:, None]
+    base, own = shares * np.array([1.0, 1.1, 1.05]), shares * np.array([0.8, 0.79, 0.7])
+    alone = ratio(times(base), times(own), range(10))
+    together = ratio(times(base), times(own), range(10), num_timed=1)
+    assert alone is not None and together is not None and alone.interval is not None and together.interval is not None
+    assert together.value == alone.value
+    assert together.interval[0] < alone.interval[0] and together.interval[1] > alone.interval[1]
+    one = ratio(times(base.sum(axis=0, keepdims=True)), times(own.sum(axis=0, keepdims=True)), [0])
+    assert one is not None and together.interval == pytest.approx(one.interval)
