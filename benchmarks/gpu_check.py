@@ -13,8 +13,11 @@ It ends within --minutes: what there is no time for is named in the results.
 """
 
 import argparse
+import contextlib
+import gc
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +60,45 @@ def main() -> None:
     results["equality"] = _equality(bench, bench.prompts(options.exact_per_task), deadline)
     bench = _Bench(options, torch.bfloat16, lookups)
     prompts = bench.prompts(options.per_task)
-    results["speed"], results["played"] = [], []
+    results |= {"speed": [], "played": [], "skipped": deadline.skipped}
+    _write(results, options)
     for slots in options.slots:  # both models at few slots before any at many
-        if deadline.allows(f"{options.model} at {slots} slots", _FOR_RACE):
-            results["speed"] += [{"slots": slots, **row} for row in _speed(bench, prompts, slots)]
-        if recording is not None and deadline.allows(f"{options.shape} at {slots} slots", _FOR_RACE):
-            results["played"] += [{"slots": slots, **row} for row in _played(options, recording, lookups, slots)]
-    if deadline.allows("passes", _FOR_PASSES):
-        results["passes"] = _passes(options)
-    results["skipped"] = deadline.skipped
+        with _fitting(f"{options.model} at {slots} slots", deadline, _FOR_RACE) as is_on:
+            if is_on:
+                results["speed"] += [{"slots": slots, **row} for row in _speed(bench, prompts, slots)]
+        _write(results, options)
+        with _fitting(f"{options.shape} at {slots} slots", deadline, _FOR_RACE) as is_on:
+            if is_on and recording is not None:
+                results["played"] += [{"slots": slots, **row} for row in _played(options, recording, lookups, slots)]
+        _write(results, options)
+    with _fitting("passes", deadline, _FOR_PASSES) as is_on:
+        if is_on:
+            results["passes"] = _passes(options)
     report(results, options.output)
+    say(_write(results, options))
+
+
+@contextlib.contextmanager
+def _fitting(what: str, deadline: Deadline, seconds: float) -> Iterator[bool]:
+    """A measurement: whether there is time for it. One that memory is too short for is named as left out, too."""
+    try:
+        yield deadline.allows(what, seconds)
+    except torch.OutOfMemoryError as error:
+        deadline.skipped.append(f"{what} (no memory)")
+        say(f"no memory for {what}: {error}")
+    gc.collect()  # engines are cycles, and their pools are large
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _write(results: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """What there is so far, so that a run that is ended loses none of it; returns the page."""
     text = markdown({"machine": machine(), "shape": options.shape, **results})
     if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.with_suffix(".md").write_text(text)
-    say(text)
+        options.output.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")
+    return text
 
 
 def _options() -> argparse.Namespace:
@@ -156,13 +184,13 @@ def _speed(bench: _Bench, prompts: Sequence[Prompt], slots: int) -> list[dict[st
     count = max(_REQUESTS_A_SLOT * slots, _LEAST_REQUESTS)
     chosen = random.Random(slots).choices(list(prompts), k=count)
     engines = {name: bench.engine(name, slots) for name in options.methods}
-    others = {}
-    if slots == 1:
+    limit = options.max_new_tokens
+    rows = race(engines, _requests(chosen, limit), options.repeats, profile_to=options.profile)
+    if slots == 1:  # against plain decoding of the same few prompts
         few = chosen[:_PEER_PROMPTS]
-        limit = options.max_new_tokens
-        others["hf-generate"] = lambda: sum(len(generate(bench.reference, prompt.ids, limit)) for prompt in few)
-    requests = _requests(chosen, options.max_new_tokens)
-    return race(engines, requests, options.repeats, others, options.profile)
+        peers = {"hf-generate": lambda: sum(len(generate(bench.reference, prompt.ids, limit)) for prompt in few)}
+        rows += race({"plain": engines["plain"]}, _requests(few, limit), options.repeats, peers)[1:]
+    return rows
 
 
 def _played(

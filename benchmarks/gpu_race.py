@@ -14,7 +14,7 @@ from pipeline.engine import Engine
 from pipeline.request import Generation, Request
 
 _PROFILED_REQUESTS = 2  # a slot
-_HIDDEN = ("verify", "draft")  # phases in which the host waits for the device
+_PASSES = ("verify", "draft")  # phases that launch passes; what the host does there is in `gpu_busy` alone
 
 
 class Deadline:
@@ -61,9 +61,11 @@ def race(
         profile_to: text file for the kernels of each engine's rounds, added at its end.
     """
     done: dict[str, list[Generation]] = {}
+    asked = {name: engine.num_slots for name, engine in engines.items()}
     runs: dict[str, Callable[[], int]] = dict(others or {})
 
     def through(name: str) -> int:
+        engines[name].forget()  # prefill counts
         done[name] = run(engines[name], requests)
         return sum(len(generation.token_ids) for generation in done[name])
 
@@ -89,13 +91,15 @@ def race(
             pairs = zip(done[name], done[first], strict=True)
             row["differing"] = round(sum(own.token_ids != base.token_ids for own, base in pairs) / len(requests), 3)
             row |= _of_rounds(engines[name], done[name]) | _on_device(engines[name], requests, profile_to)
+            if engines[name].num_slots < asked[name]:
+                row["slots_left"] = engines[name].num_slots  # memory ended: it is not what was asked for
         rows.append(row)
         say(row)
     return rows
 
 
 def _of_rounds(engine: Engine, done: Sequence[Generation]) -> dict[str, Any]:
-    """tau, and shares of a round by phase."""
+    """tau, and shares of a round by phase. Host work that nothing hides is at most what `gpu_busy` leaves."""
     rounds = max(sum(generation.rounds for generation in done), 1)
     total = sum(engine.phases.seconds.values())
     phases = {name: round(seconds / total, 3) for name, seconds in engine.phases.seconds.items()}
@@ -103,7 +107,7 @@ def _of_rounds(engine: Engine, done: Sequence[Generation]) -> dict[str, Any]:
         "tau": round(sum(len(generation.token_ids) - 1 for generation in done) / rounds, 3),
         "nodes": round(sum(generation.drafted for generation in done) / rounds, 2),
         "phases": phases,
-        "host": round(sum(share for name, share in phases.items() if name not in _HIDDEN), 3),
+        "beside_passes": round(sum(share for name, share in phases.items() if name not in _PASSES), 3),
     }
 
 
@@ -112,6 +116,7 @@ def _on_device(engine: Engine, requests: Sequence[Request], profile_to: Path | N
     if engine.target.device.type != "cuda":
         return {}
     few = requests[: _PROFILED_REQUESTS * engine.num_slots]
+    engine.forget()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         begin = time.perf_counter()
         run(engine, few)

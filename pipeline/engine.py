@@ -15,6 +15,7 @@ import torch
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
 from pipeline.errors import JobError, RowError
+from pipeline.graphs import Graphs
 from pipeline.methods import Proposers
 from pipeline.pages import PagePool, pool_index
 from pipeline.phases import Phases
@@ -167,8 +168,12 @@ class Engine:
             reason = str(error)  # the error itself holds what the round had allocated
         return self._retreat(reason)
 
+    def forget(self) -> None:
+        """Forgets the prompts that it has in its cache; nothing may be under way."""
+        self._scheduler.forget()
+
     def _round(self) -> list[Generation]:
-        begin = self._clock()
+        begin, num_captures = self._clock(), Graphs.num_captures
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
         self._rests = self._rule.rests(len(decoding))
@@ -180,7 +185,8 @@ class Engine:
             forward, choices = self._verify(work)
         with self.phases("commit"):
             finished = self._commit(work, forward, choices)
-        self._observe_round(work, self._clock() - begin)
+        if Graphs.num_captures == num_captures:
+            self._observe_round(work, self._clock() - begin)
         return finished
 
     def _retreat(self, reason: str) -> list[Generation]:
@@ -240,11 +246,12 @@ class Engine:
         self._move([copies])
         if self._reader is not None and len(copies[0]):
             self._reader.copy(*(torch.from_numpy(index).to(self.target.device) for index in copies))
-        begin = self._clock()
+        begin, num_captures = self._clock(), Graphs.num_captures
         forward = self.target.forward([item.run for item in work])
         choices = self._choose(work, forward)
         num_rows, num_prefill = _rows(work)
-        if self._times is not None and num_prefill <= _MOST_PREFILL * num_rows:
+        is_usual = num_prefill <= _MOST_PREFILL * num_rows and Graphs.num_captures == num_captures
+        if self._times is not None and is_usual:
             self._times.observe(num_rows, self._clock() - begin)
         return forward, choices
 

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,10 +35,15 @@ def has_compiler() -> bool:
 class Graphs(Generic[Key, Outputs]):
     """Replays of one function.
 
+    Attributes:
+        num_captures: of all functions in this process; what took a capture tells nothing about the passes to come.
+
     Args:
         function: launches work for a key and returns the tensors it will write; reads and writes fixed places alone and
             never waits for the device.
     """
+
+    num_captures: ClassVar[int] = 0
 
     def __init__(self, function: Callable[[Key], Outputs], device: torch.device) -> None:
         self._function = function
@@ -59,6 +64,7 @@ class Graphs(Generic[Key, Outputs]):
         return outputs
 
     def _capture(self, key: Key) -> None:
+        Graphs.num_captures += 1
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -72,6 +78,8 @@ class Graphs(Generic[Key, Outputs]):
         try:
             with torch.cuda.graph(graph, pool=pool):
                 outputs = self._function(key)
+        except torch.OutOfMemoryError:
+            raise  # for whoever can do with less
         except RuntimeError as error:
             log.warning("passes cannot be captured as CUDA graphs and will be slower: %s", error)
             self._broken.add(key)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.draft_tree import GrowingTree
+from pipeline.graphs import Graphs
 from pipeline.noise import position_key
 from pipeline.pace import Pace
 from pipeline.packing import Run
@@ -98,9 +99,10 @@ def levels(
         num_rows = sum(growth.num_rows + (growth.num_behind if level == 0 else 0) for growth in working.values())
         if level == 0:
             prepare()
-        begin = clock()
+        begin, num_captures = clock(), Graphs.num_captures
         yield level, working
-        pace.took(num_rows, clock() - begin)
+        if Graphs.num_captures == num_captures:
+            pace.took(num_rows, clock() - begin)
 
 
 def top_of(logits: torch.Tensor, branches: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:

@@ -168,6 +168,13 @@ class Scheduler:
         """The request is done: its slot and pages are free, its pages findable while memory lasts."""
         self._leave(slot)
 
+    def forget(self) -> None:
+        """Makes no page findable any more; nobody may hold one."""
+        assert not self._active
+        for slot in self._waiting:
+            self._evict_pages(slot)
+        self.pool = PagePool(self.pool.num_pages, self.pool.page_size)
+
     def halve(self) -> bool:
         """After a round that failed anywhere: requeues all requests, for half as many slots and prefill tokens.
 
@@ -178,8 +185,7 @@ class Scheduler:
             return False
         for slot in self._active[::-1]:
             self._requeue(slot)
-        # What the failed round published may never have been written.
-        self.pool = PagePool(self.pool.num_pages, self.pool.page_size)
+        self.forget()  # what the failed round published may never have been written
         self.num_slots = max(self.num_slots // 2, 1)
         self._prefill_chunk = max(self._prefill_chunk // 2, min(self._prefill_chunk, MIN_CHUNK))
         self._free = list(range(self.num_slots))[::-1]

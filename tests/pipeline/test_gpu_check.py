@@ -92,7 +92,9 @@ def test_a_race_tells_what_each_engine_did_and_a_page_shows_it() -> None:
     assert rows[0]["differing"] == rows[1]["differing"] == 0.0
     for row in rows[:2]:
         assert sum(row["phases"].values()) == pytest.approx(1.0, abs=0.01)
-        assert row["host"] == pytest.approx(1.0 - row["phases"]["verify"] - row["phases"].get("draft", 0.0), abs=0.01)
+        assert row["beside_passes"] == pytest.approx(
+            1.0 - row["phases"]["verify"] - row["phases"].get("draft", 0.0), abs=0.01
+        )
     machine = {"gpu": "a card", "torch": "2", "transformers": "5", "cores": 1, "date": "today"}
     equality = [{"prompts": 10, "wrong": 1, "differ_by_rounding": 2}]
     results = {"machine": machine, "model": "m", "shape": "s", "equality": equality, "skipped": ["much"]}
