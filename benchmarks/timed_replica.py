@@ -32,7 +32,7 @@ class TimedReplica(FakeReplica):
         with self._slots:
             begin = time.monotonic()
             time.sleep(self._seconds(task.shard))
-            self._spans.append({"shard": task.shard, "begin": begin, "end": time.monotonic()})
+            self._spans.append({"name": "shard", "shard": task.shard, "begin": begin, "end": time.monotonic()})
         return super().run_shard(task)
 
     def stop(self) -> list[dict[str, Any]]:

@@ -151,7 +151,13 @@ def test_a_replica_that_dies_before_it_is_ready_is_counted(tmp_path: Path, clust
     words = ["--model", "m", "--prompts", str(prompts), "--output", str(output), "--ray-address", cluster]
     backend = FakeBackend(Faults(marks=str(marks), start_deaths=2))
     assert generate(parse([*words, "--num-replicas", "1", "--quiet"]), backend) == 0
-    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 16)
+    samples = wait_for(
+        endpoint,
+        output,
+        lambda found: (
+            total(found, "ray_rasd_rows_committed_total") >= 16 and total(found, "ray_rasd_replica_restarts_total") > 1
+        ),
+    )
     assert total(samples, "ray_rasd_replica_restarts_total", replica="0") == 2
 
 
