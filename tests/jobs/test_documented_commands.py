@@ -149,3 +149,18 @@ def test_the_cluster_guides_job_builds_a_datastore(user: User) -> None:
     store = Datastore.open(data / "store")
     assert store.lookup([store.segments[0].segment.document(0)[:5]]).match_lengths.tolist() == [5]
     store.close()
+
+
+@pytest.mark.slow
+def test_the_readmes_job_measures_methods(user: User) -> None:
+    exports = commands_after(ROOT / "README.md", "through Ray's job server:")
+    lines = commands_after(ROOT / "README.md", "## Measuring methods")
+    data = user.data / "measuring"
+    data.mkdir()
+    write_prompts(data / "questions.jsonl")
+    submitted = [line for line in lines if line.startswith("ray job submit")]
+    assert '"state": "done"' in User(user.environment, data).submit([*exports, *submitted], "throughput")
+    found = json.loads((data / "speed" / "results.json").read_text())
+    assert (found["state"], found["replicas"], found["questions"]) == ("done", 4, 1), "--quick asks one of each task"
+    assert {"plain", "rasd"} <= found["slots"]["1"].keys()
+    assert (data / "speed" / "report.html").stat().st_size > 10_000
