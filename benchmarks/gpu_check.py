@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from benchmarks import gpu_passes
 from benchmarks.common import Prompt, load, load_prompts, machine, parser, report
@@ -74,8 +73,8 @@ def main() -> None:
     with _fitting("passes", deadline, _FOR_PASSES) as is_on:
         if is_on:
             results["passes"] = _passes(options)
-    report(results, options.output)
     say(_write(results, options))
+    report(results, None)
 
 
 @contextlib.contextmanager
@@ -198,14 +197,13 @@ def _played(
 ) -> list[dict[str, Any]]:
     device = torch.device(options.device)
     engines: dict[str, Engine] = {
-        name: played_engine(_model(options.shape, device), recording, name, slots, lookups) for name in _PLAYED_METHODS
+        name: played_engine(
+            gpu_passes.random_model(options.shape, device, torch.bfloat16), recording, name, slots, lookups
+        )
+        for name in _PLAYED_METHODS
     }
     requests = played_requests(recording, max(_REQUESTS_A_SLOT // 2 * slots, _LEAST_REQUESTS))
     return race(engines, requests, options.repeats, profile_to=options.profile)
-
-
-def _model(shape: str, device: torch.device) -> PreTrainedModel:
-    return gpu_passes.random_model(shape, device, torch.bfloat16)
 
 
 def _passes(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ have. Corpus lookups are replayed, too; the context is searched for real.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipeline.head_drafter import HeadDrafter
 from pipeline.head_files import new_head
 from pipeline.head_pass import Outputs
 from pipeline.methods import build, method_named
-from pipeline.replay import Recording, candidates, choices_along
+from pipeline.replay import NoText, Recording, candidates, choices_along
 from pipeline.request import Request
 from pipeline.sampling import Choices
 from pipeline.scheduler import Work
@@ -105,7 +106,7 @@ def played_engine(
     searchers = (lookups,) if "corpus" in method.sources else ()
     proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter, economy)
     config = EngineConfig(num_slots, budget if method.sources else 0, prefill_chunk=512, max_context=longest)
-    engine = PlayedEngine(target, _NoText(), (), proposers, acceptance, config, times)
+    engine = PlayedEngine(target, NoText(), (), proposers, acceptance, config, times)
     engine.recording = recording
     return engine
 
@@ -113,12 +114,4 @@ def played_engine(
 def played_requests(recording: Recording, count: int) -> list[Request]:
     """So many of the recording's requests, over and over."""
     once = recording.requests()
-    return [
-        Request(row, again.prompt_ids, again.params, again.seed)
-        for row, again in ((row, once[row % len(once)]) for row in range(count))
-    ]
-
-
-class _NoText:
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str | list[str]:
-        return ""
+    return [replace(once[row % len(once)], request_id=row) for row in range(count)]

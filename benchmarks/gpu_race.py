@@ -4,6 +4,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,13 @@ def race(
     """
     done: dict[str, list[Generation]] = {}
     asked = {name: engine.num_slots for name, engine in engines.items()}
-    runs: dict[str, Callable[[], int]] = dict(others or {})
 
     def through(name: str) -> int:
         engines[name].forget()  # prefill counts
         done[name] = run(engines[name], requests)
         return sum(len(generation.token_ids) for generation in done[name])
 
-    runs = {name: (lambda name=name: through(name)) for name in engines} | runs
+    runs: dict[str, Callable[[], int]] = {name: partial(through, name) for name in engines} | dict(others or {})
     for name, call in runs.items():  # compiles, captures and learns
         begin = time.perf_counter()
         call()

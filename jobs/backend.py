@@ -132,8 +132,7 @@ class ModelBackend:
         from actors.replica import Replica
 
         config = launch.config
-        # By what is reserved, not by what the process sees: Ray does not hide GPUs from an actor that asked for none.
-        device = "cuda" if launch.placement.num_gpus > 0 else "cpu"
+        device = launch.placement.device
         dtype = launch.resolved["dtype"]
         replica_config = make_replica_config(
             config,
@@ -149,6 +148,11 @@ class ModelBackend:
             num_gpus=launch.placement.num_gpus,
         )
         return launch.actor(Replica, replica_config)
+
+
+def most_slots(config: GenerateConfig, device: str) -> int:
+    """Slots of a replica; on a GPU memory may leave fewer where they are chosen for the user."""
+    return AUTO_SLOTS[device] if config.slots == "auto" else config.slots
 
 
 def make_replica_config(
@@ -177,7 +181,7 @@ def make_replica_config(
         revision=revision,
         dtype=dtype,
         device=device,
-        slots=AUTO_SLOTS[device] if config.slots == "auto" else config.slots,
+        slots=most_slots(config, device),
         gpu_share=min(num_gpus, 1.0) if num_gpus > 0 else 1.0,
         slot_tokens=_SLOT_TOKENS[device] if config.slots == "auto" else 0,
         method=retrieving.method,

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 import ray
 from ray.exceptions import RayError
@@ -35,6 +35,11 @@ class Placement:
     num_cpus: float
     num_gpus: float
     num_threads: int
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """By what is reserved, not by what a process sees: Ray does not hide GPUs from an actor that asked for none."""
+        return "cuda" if self.num_gpus > 0 else "cpu"
 
 
 class _ToLog(io.TextIOBase):

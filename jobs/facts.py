@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jobs.backend import AUTO_DTYPE, AUTO_SLOTS, SHIPPED
+from jobs.backend import AUTO_DTYPE, SHIPPED, most_slots
 from jobs.config import GenerateConfig
 from jobs.plan import MemoryEstimate, ModelFacts
 from pipeline.errors import ConfigError, ModelError
@@ -100,7 +100,7 @@ def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * kv_heads * head_dim * _BYTES[dtype]
     longest = text.max_position_embeddings if config.max_context == "auto" else config.max_context
-    slots = AUTO_SLOTS[_auto_device(config)] if config.slots == "auto" else config.slots
+    slots = most_slots(config, _auto_device(config))
     from_config = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from actors.metrics import JobMetrics
 from actors.rows import WITNESSED, ReplicaInfo, ShardStats
-from jobs.backend import AUTO_SLOTS, Backend, Launch, Retrieving
+from jobs.backend import Backend, Launch, Retrieving, most_slots
 from jobs.cluster import connected, place
 from jobs.commit import Commit, CommitLog
 from jobs.config import GenerateConfig
@@ -156,9 +156,7 @@ class Job:
             services = self._backend.services(self._config, self._facts, self._retrieving)
             left = self._plan.num_shards - len(self._commits)
             num_replicas = min(placement.num_replicas, left)
-            slots = AUTO_SLOTS["cuda" if placement.num_gpus > 0 else "cpu"]
-            slots = slots if self._config.slots == "auto" else self._config.slots
-            in_flight = self._in_flight(slots, -(-left // num_replicas))
+            in_flight = self._in_flight(most_slots(self._config, placement.device), -(-left // num_replicas))
             driver = Driver(
                 shards=open_shards(inputs, self._plan, frozenset(self._commits)),
                 commits=self._log,

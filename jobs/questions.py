@@ -10,13 +10,15 @@ from pathlib import PurePath
 from typing import Any
 
 from actors.contest import Question
+from jobs.contest import MIXED
+from jobs.figures import ALL
 from jobs.readers import prompt_formats
 from jobs.readers.base import Record, excerpt
 from jobs.sources import find_readers
 from jobs.validate import input_row
 from pipeline.errors import InputError
 
-_RESERVED = ("all", "mixed")  # what figures call sets of tasks
+_RESERVED = (ALL, MIXED)  # what figures call sets of tasks
 _HUMANEVAL = {"task_id", "prompt", "canonical_solution"}
 
 

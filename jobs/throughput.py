@@ -198,7 +198,7 @@ def _replicas(
     generation = config.as_generation()
     with connected(config.ray_address) as nodes:
         placement = place(generation, nodes)
-        device = "cuda" if placement.num_gpus > 0 else "cpu"
+        device = placement.device
         contest = ContestConfig(
             model=anywhere(config.model),
             revision=revision,

@@ -256,7 +256,9 @@ def choices_along(tree: TokenTree, output: Sequence[int]) -> list[int]:
     return said
 
 
-class _NoText:
+class NoText:
+    """A decoder for outputs of which nobody reads the text."""
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str | list[str]:
         return ""
 
@@ -296,7 +298,7 @@ class ReplayEngine(Engine):
         target = SimpleNamespace(cache=cache, num_pages=num_pages, config=config, device=torch.device("cpu"))
         engine = EngineConfig(num_slots, budget, prefill_chunk=1 << 30, max_context=longest)
         eos: Any = ()
-        super().__init__(cast(Target, target), _NoText(), eos, proposers, acceptance, engine, times, clock=self.clock)
+        super().__init__(cast(Target, target), NoText(), eos, proposers, acceptance, engine, times, clock=self.clock)
 
     def requests(self, passages: Sequence[tuple[np.ndarray, ...]] = ()) -> list[Request]:
         """See `Recording.requests`."""

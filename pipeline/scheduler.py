@@ -169,10 +169,8 @@ class Scheduler:
         self._leave(slot)
 
     def forget(self) -> None:
-        """Makes no page findable any more; nobody may hold one."""
+        """Makes no page findable any more; no slot may hold one, and those that wait never do."""
         assert not self._active
-        for slot in self._waiting:
-            self._evict_pages(slot)
         self.pool = PagePool(self.pool.num_pages, self.pool.page_size)
 
     def halve(self) -> bool:

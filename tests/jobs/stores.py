@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from datastore import Datastore
 from jobs.build_datastore import append, build
@@ -78,6 +79,25 @@ def tiny_model(path: Path, *, merges: int = 20, chat: bool = False) -> Path:
     LlamaConfig(vocab_size=VOCABULARY).save_pretrained(path)
     (path / "pytorch_model.bin").write_bytes(b"none")
     return path
+
+
+def add_weights(model: Path, vocab_size: int, *, num_layers: int, max_context: int) -> None:
+    """Gives what `tiny_model` made the weights of a random Llama, the same each time."""
+    (model / "pytorch_model.bin").unlink()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_context,
+        initializer_range=0.4,  # spreads the logits, so that hardly a choice is within rounding
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
 
 
 def write_rows(path: Path, texts: Sequence[str]) -> Path:

@@ -6,14 +6,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.cli import main
 from jobs.commit import read_commits
 from tests.jobs.bad_lines import BAD_LINES
 from tests.jobs.deadly_replica import DEADLY, DeadlyReplica
-from tests.jobs.stores import VOCABULARY, tiny_model
+from tests.jobs.stores import VOCABULARY, add_weights, tiny_model
 
 ROWS_A_SHARD = 4
 MAX_CONTEXT = 96
@@ -35,21 +33,7 @@ EXACT = ["row_index", "id", "prompt", "text", "token_ids", "finish_reason", "num
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers."""
     path = tiny_model(tmp_path_factory.mktemp("model"))
-    (path / "pytorch_model.bin").unlink()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.4,  # spreads the logits, so that few choices are within rounding
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    add_weights(path, VOCABULARY, num_layers=2, max_context=512)
     return path
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.commit import read_commits
 from jobs.verify import verify
@@ -66,21 +64,7 @@ def make_work(directory: Path, num_shards: int) -> Work:
     """Write everything below `directory`; the same each time."""
     model = stores.tiny_model(directory / "model")
     tokenizer = load_tokenizer(resolve_model(str(model)))
-    (model / "pytorch_model.bin").unlink()  # which holds no weights
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.4,  # spreads the logits, so that no choice is within rounding
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(model)
+    stores.add_weights(model, len(tokenizer), num_layers=4, max_context=256)
 
     pick = random.Random(0)
     lines = [
