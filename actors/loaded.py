@@ -1,5 +1,6 @@
 """A target that is ready to generate rows: its engine, tokenizer and sources, loaded as a `ReplicaConfig` says."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from actors.followers import Followers
 from actors.load_lock import load_lock
 from actors.metrics import ReplicaMetrics
 from actors.replica_config import ReplicaConfig
@@ -16,9 +18,11 @@ from pipeline.assemble import EngineOptions, build_engine
 from pipeline.drafts import load_draft
 from pipeline.engine import Engine
 from pipeline.errors import ConfigError, RowError
+from pipeline.head_files import is_head
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
 from pipeline.prompts import encode_messages, encode_prompt
+from pipeline.ranks import Gather
 from pipeline.request import Generation, SamplingParams
 
 
@@ -30,6 +34,7 @@ class Loaded:
         name: the target, as the user wrote it.
         sources: None if the method searches nothing outside the request.
         notes: one line each, for the user: what the method lacks, which fallback was taken.
+        followers: the other processes that share the target; None if there are none.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     sources: Sources | None
     notes: tuple[str, ...]
+    followers: Followers | None = None
 
     def encode(self, row: InputRow) -> tuple[RowFailure | None, tuple[int, ...]]:
         """The row's prompt as token ids, or why there are none."""
@@ -88,14 +94,24 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
     _check_stops(config.sampling, tokenizer)
     draft = None
     sources = None
-    with load_lock(f"replica {config.replica} of {config.job}"):
+    followers = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(load_lock(f"replica {config.replica} of {config.job}"))
+        if config.num_ranks > 1:
+            followers = Followers(config)
+            stack.enter_context(followers.in_step())
+        ranks = None if followers is None else followers.ranks
         model = load_causal_lm(
             resolved,
             getattr(torch, config.dtype),
             "auto" if config.is_split else device,
             trust_remote_code=config.trust_remote_code,
+            quantization=config.quantization,
+            num_ranks=config.num_ranks,
         )
         if "draft" in method.sources:
+            if ranks is not None and (config.draft is None or is_head(config.draft)):
+                ranks.tell(Gather())
             draft = load_draft(config.draft, model, resolved, trust_remote_code=config.trust_remote_code)
         if config.retrieval is not None:
             sources = open_sources(config.retrieval, method.sources, model.config.get_text_config().vocab_size, metrics)
@@ -109,9 +125,9 @@ def load(config: ReplicaConfig, metrics: ReplicaMetrics) -> Loaded:
             max_context=config.max_context,
             prefill_chunk=config.prefill_chunk,
         )
-        engine = build_engine(model, tokenizer, method, options, searchers, draft)
+        engine = build_engine(model, tokenizer, method, options, searchers, draft, ranks)
     notes = (*method.notes, *([f"{engine.num_slots} slots"] if config.slot_tokens else ()))
-    return Loaded(resolved.name, device, engine, tokenizer, sources, notes)
+    return Loaded(resolved.name, device, engine, tokenizer, sources, notes, followers)
 
 
 def _question(row: InputRow) -> str:

@@ -5,6 +5,7 @@ The engine itself is single-threaded. Callers hand in requests with a queue for 
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -26,10 +27,14 @@ class EngineLoop:
     """Runs an engine in a thread of its own until `stop`.
 
     A failure of the engine itself fails every request, present and future: the process is of no more use.
+
+    Args:
+        explain: tells from an error what to say of it.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, explain: Callable[[BaseException], BaseException] | None = None) -> None:
         self._engine = engine
+        self._explain = explain or (lambda error: error)
         self._inbox: deque[tuple[Request, SimpleQueue[Outcome]]] = deque()
         self._waiting: dict[int, SimpleQueue[Outcome]] = {}
         self._wake = threading.Condition()
@@ -69,7 +74,8 @@ class EngineLoop:
                 JobError("The replica was stopped before the row was finished; the same command resumes the job.")
             )
         except BaseException as error:
-            self._fail(JobError(f"The engine failed: {type(error).__name__}: {error}"))
+            told = self._explain(error)
+            self._fail(JobError(f"The engine failed: {type(told).__name__}: {told}"))
             raise
 
     def _take(self) -> bool:

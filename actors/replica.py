@@ -63,7 +63,8 @@ class Replica:
             loaded.engine.phases.keep_spans()
         loaded.engine.recorder = Recorder()
         self._witness = Witness(loaded.engine.recorder, loaded.tokenizer)
-        self._loop = EngineLoop(loaded.engine)
+        followers = loaded.followers
+        self._loop = EngineLoop(loaded.engine, None if followers is None else followers.explain)
         return ReplicaInfo(
             replica=config.replica,
             node=platform.node(),
@@ -127,6 +128,8 @@ class Replica:
         if self._loop is None:
             return []
         self._loop.stop()
+        if self._loaded.followers is not None:
+            self._loaded.followers.leave()
         phases, replica = self._loop.phases, self._config.replica
         return [self._witness.event(replica, dict(phases.seconds)), *phases.events(replica)]
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from actors.searchers import RetrievalConfig
+from pipeline.models import Quantization
 from pipeline.request import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
-    """All a replica must know; `sampling`, `seed`, `dtype` and the model fix the text, the rest only the speed.
+    """All a replica must know; the model, `dtype`, `quantization`, `sampling` and `seed` fix the text.
 
     Attributes:
         device: `auto`, `cpu` or `cuda`.
@@ -21,6 +22,8 @@ class ReplicaConfig:
         retrieval: where the others are; None if the method needs none of them.
         job: absolute path, or URI, of the job's output; names the job in metrics.
         num_threads: CPU threads of torch and numba; None leaves their default.
+        quantization: `none` or `int8`, see `pipeline.models.load_causal_lm`.
+        num_ranks: processes that share the target.
         is_split: spread the target's layers over all GPUs that the process sees.
         is_traced: keep the times of the newest rounds' phases, which `stop` returns.
     """
@@ -47,5 +50,7 @@ class ReplicaConfig:
     replica: int
     job: str
     num_threads: int | None
+    quantization: Quantization
+    num_ranks: int
     is_split: bool
     is_traced: bool

@@ -172,7 +172,7 @@ def make_replica_config(
 
     Args:
         retrieval: `actors.searchers.RetrievalConfig`, or None.
-        num_gpus: that are the replica's, less than 1 if it shares one.
+        num_gpus: of each of the replica's processes, less than 1 if it shares one.
     """
     from actors.replica_config import ReplicaConfig
 
@@ -199,6 +199,8 @@ def make_replica_config(
         replica=replica,
         job=job_name(config.output),
         num_threads=num_threads,
+        quantization=config.quantization,
+        num_ranks=config.tensor_parallel,
         is_split=num_gpus > 1,
         is_traced=config.trace is not None,
     )

@@ -48,7 +48,7 @@ class BatchGenerator:
     """
 
     def __init__(self, **options: Any) -> None:
-        for name in ("prompts", "output", "num_samples"):
+        for name in ("prompts", "output", "num_samples", "tensor_parallel"):
             if name in options:
                 raise ConfigError(f"{name} is {options[name]!r}; a pipeline has no such option. Leave it out.")
         if strange := sorted(options.keys() - GenerateConfig.model_fields.keys()):

@@ -24,17 +24,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What each replica reserves.
+    """What each replica reserves, for each of its processes.
 
     Attributes:
         num_cpus: cores Ray sets aside, less than 1 where replicas outnumber cores.
-        num_threads: threads the replica computes with.
+        num_threads: threads the process computes with.
+        num_ranks: processes of a replica.
     """
 
     num_replicas: int
     num_cpus: float
     num_gpus: float
     num_threads: int
+    num_ranks: int = 1
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -103,34 +105,46 @@ def place(config: GenerateConfig, nodes: Sequence[Mapping[str, float]]) -> Place
     cores = [node["CPU"] for node in nodes if node.get("CPU", 0.0) > 0]
     if not cores:
         raise ConfigError("the Ray cluster has no CPUs; add a node with at least one.")
-    per_replica = _gpus_per_replica(config, max(gpus))
+    num_ranks = config.tensor_parallel
+    per_rank = _gpus_per_rank(config, max(gpus))
     if config.num_replicas != "auto":
         num_replicas = config.num_replicas
-    elif per_replica > 0:
-        num_replicas = sum(int(count // per_replica) for count in gpus)
+    elif per_rank > 0:
+        num_replicas = sum(int(count // (per_rank * num_ranks)) for count in gpus)
     else:
         num_replicas = len(cores)
     on_one_node = math.ceil(num_replicas / len(cores))
-    share = min(cores) / on_one_node
+    share = min(cores) / (on_one_node * num_ranks)
     threads = max(1, int(share)) if config.num_threads == "auto" else config.num_threads
-    wanted = 1.0 if per_replica > 0 else float(threads)
+    wanted = 1.0 if per_rank > 0 else float(threads)
     # Ray counts in units of 1/10000.
-    return Placement(num_replicas, math.floor(min(wanted, share) * 1e4) / 1e4, per_replica, threads)
+    return Placement(num_replicas, math.floor(min(wanted, share) * 1e4) / 1e4, per_rank, threads, num_ranks)
 
 
-def _gpus_per_replica(config: GenerateConfig, most: float) -> float:
-    asked = config.gpus_per_replica
+def _gpus_per_rank(config: GenerateConfig, most: float) -> float:
+    asked, num_ranks = config.gpus_per_replica, config.tensor_parallel
+    if num_ranks > 1 and asked == "auto" and config.device != "cpu" and most > 0:
+        asked = float(num_ranks)
     if config.device == "cuda" and (most == 0 or asked == 0):
         raise ConfigError("--device is cuda, but replicas get no GPU; use a cluster with GPUs, or --device cpu.")
     if asked == "auto":
         return 0.0 if config.device == "cpu" or most == 0 else 1.0
     if asked > most:
+        if config.gpus_per_replica == "auto":
+            raise ConfigError(
+                f"--tensor-parallel is {num_ranks}, but the largest node has {most:g} GPUs; it must be at most that."
+            )
         raise ConfigError(
             f"--gpus-per-replica is {asked:g}, but the largest node has {most:g}; it must be at most that."
         )
     if asked > 1 and asked != int(asked):
         raise ConfigError(f"--gpus-per-replica is {asked:g}; above 1 it must be a whole number.")
-    return asked
+    if num_ranks > 1 and asked not in (0, num_ranks):
+        raise ConfigError(
+            f"--gpus-per-replica is {asked:g} and --tensor-parallel {num_ranks}; each of these processes takes one GPU,"
+            " so leave --gpus-per-replica out."
+        )
+    return asked / num_ranks
 
 
 def _short_temp_dir() -> str | None:

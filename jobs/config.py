@@ -76,6 +76,11 @@ class GenerateConfig(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "model", "Type of weights and KV cache; auto is bfloat16 on GPUs, float32 on CPUs."
     )
+    quantization: Literal["none", "int8"] = option(
+        "none",
+        "model",
+        "int8 keeps the weights of linear layers in 8 bits, which the target is then defined by; needs torchao.",
+    )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "model", "Where the model runs; auto takes a GPU if any.")
 
     max_new_tokens: int = option(256, "sampling", "Most tokens of an output, end of sequence included.", ge=1)
@@ -158,10 +163,17 @@ class GenerateConfig(Options):
         "auto", "cluster", "Replicas of the model; auto is one a GPU, or one a node without GPUs."
     )
     gpus_per_replica: Annotated[float, Field(ge=0.0)] | Auto = option(
-        "auto", "cluster", "GPUs a replica reserves; auto is 1 where the cluster has GPUs, else 0."
+        "auto",
+        "cluster",
+        "GPUs a replica reserves; auto is one for each process where there are GPUs, else 0.",
+    )
+    tensor_parallel: Count = option(
+        1,
+        "cluster",
+        "Processes that share a replica's target, each with a part of every layer and, where there are GPUs, one GPU.",
     )
     num_threads: Count | Auto = option(
-        "auto", "cluster", "CPU threads of a replica; auto divides a node's cores among its replicas."
+        "auto", "cluster", "CPU threads of a replica's process; auto divides a node's cores among its replicas."
     )
     ray_address: str | None = option(
         None,

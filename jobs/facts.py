@@ -2,10 +2,10 @@
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from jobs.backend import AUTO_DTYPE, SHIPPED, most_slots
 from jobs.config import GenerateConfig
@@ -110,11 +110,20 @@ def estimate_memory(config: GenerateConfig) -> MemoryEstimate:
     return MemoryEstimate(
         dtype=dtype,
         max_context=longest,
-        weights=_BYTES[dtype] * sum(parameter.numel() for parameter in shell.parameters()),
+        weights=_weight_bytes(shell, _BYTES[dtype], is_int8=config.quantization == "int8"),
         kv_per_token=per_token,
         slots=slots,
         kv=per_token * longest * slots,
     )
+
+
+def _weight_bytes(shell: PreTrainedModel, each: int, *, is_int8: bool) -> int:
+    """Bytes of a model's parameters; in 8 bits those of its linear layers but the last, scales not counted."""
+    untyped: Any = shell
+    last = untyped.get_output_embeddings()
+    linear = [module for module in shell.modules() if isinstance(module, torch.nn.Linear) and module is not last]
+    small = {id(module.weight) for module in linear} if is_int8 else set()
+    return sum(parameter.numel() * (1 if id(parameter) in small else each) for parameter in shell.parameters())
 
 
 def _auto_device(config: GenerateConfig) -> str:

@@ -1,7 +1,7 @@
 """Where the replicas of a job are: a placement group for each, which keeps its place while actors come and go in it.
 
-A group is of the kind STRICT_PACK: all that a replica reserves is on one node. It belongs to the driver, so that Ray
-removes it when the driver is gone, however that happened.
+A group is of the kind STRICT_PACK: all that a replica reserves, a bundle for each of its processes, is on one node. It
+belongs to the driver, so that Ray removes it when the driver is gone, however that happened.
 """
 
 import logging
@@ -21,15 +21,16 @@ class Places:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self._bundle = {"CPU": placement.num_cpus}
+        bundle = {"CPU": placement.num_cpus}
         if placement.num_gpus > 0:
-            self._bundle["GPU"] = placement.num_gpus
+            bundle["GPU"] = placement.num_gpus
+        self._bundles = [dict(bundle) for _ in range(placement.num_ranks)]
         self._groups: dict[int, Any] = {}
 
     def group(self, replica: int) -> Any:
         """The replica's placement group, the same one each time; it may still wait for room."""
         if replica not in self._groups:
-            self._groups[replica] = placement_group([self._bundle], strategy="STRICT_PACK")
+            self._groups[replica] = placement_group(self._bundles, strategy="STRICT_PACK")
         return self._groups[replica]
 
     def release(self, replica: int) -> None:

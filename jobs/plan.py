@@ -132,6 +132,8 @@ def make_plan(
         "text_column": config.text_column,
         **{key: value for key, value in asdict(facts).items() if key != "name"},
         **asdict(config.sampling()),
+        # Left out where there is none, as in plans of earlier versions.
+        **({"quantization": config.quantization} if config.quantization != "none" else {}),
         "seed": config.seed,
         "num_samples": config.num_samples,
         "rows_per_shard": rows_per_shard,

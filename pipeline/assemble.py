@@ -24,6 +24,7 @@ from pipeline.model_drafter import ModelDrafter
 from pipeline.packing import Run
 from pipeline.pages import PageRun
 from pipeline.proposal import Drafter
+from pipeline.ranks import Ranks, Room
 from pipeline.search import Searcher
 from pipeline.target import Target, kv_shape, max_context_of
 from pipeline.tree import TokenTree
@@ -72,6 +73,7 @@ def build_engine(
     options: EngineOptions,
     searchers: Sequence[Searcher] = (),
     draft: PreTrainedModel | DraftHead | None = None,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """An engine for a loaded model.
 
@@ -79,35 +81,33 @@ def build_engine(
         searchers: of the method's sources that search text outside the request.
         draft: a model with the same tokenizer, or a head of this target, for the source `draft`; its KV cache shares
             the memory.
+        ranks: the processes that share the model, of which this is the leader; None if it is whole.
 
     Raises:
         ConfigError: the context asked for is longer than the model's or than KV memory holds.
         ModelError: the model's architecture is not supported.
     """
     max_context = _max_context(model, options.max_context)
-    shape = kv_shape(model)
+    shape, room = kv_room(model, options.gpu_share, ranks)
+    num_ranks = 1 if ranks is None else ranks.size
     token_bytes = shape.bytes_per_token + _draft_bytes(draft)
     page_bytes = token_bytes * PAGE_SIZE
     wanted = options.num_slots * (-(-max_context // PAGE_SIZE) + 1) * page_bytes
-    memory = (
-        options.kv_memory
-        if options.kv_memory is not None
-        else min(wanted, _free_memory(model.device, shape, options.gpu_share))
-    )
+    memory = options.kv_memory // num_ranks if options.kv_memory is not None else min(wanted, room)
     num_pages = min(memory, wanted) // page_bytes
     if num_pages * PAGE_SIZE < max_context + 1:
         max_context = (num_pages - 1) * PAGE_SIZE
         if options.max_context is not None or max_context < _MIN_CONTEXT:
             raise ConfigError(
-                f"--kv-memory gives {memory:,} bytes, room for {max(max_context, 0)} tokens of context; "
+                f"--kv-memory gives {memory * num_ranks:,} bytes, room for {max(max_context, 0)} tokens of context; "
                 f"{(options.max_context or _MIN_CONTEXT) + PAGE_SIZE} tokens need "
-                f"{token_bytes * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
+                f"{num_ranks * token_bytes * ((options.max_context or _MIN_CONTEXT) + 2 * PAGE_SIZE):,} bytes. "
                 "Raise --kv-memory or lower --max-context."
             )
     if options.slot_tokens:
-        room = max(num_pages * PAGE_SIZE // min(options.slot_tokens, max_context), 1)
-        options = replace(options, num_slots=min(options.num_slots, room))
-    target = Target(model, num_pages, PAGE_SIZE, options.num_slots, is_static=options.is_static)
+        most = max(num_pages * PAGE_SIZE // min(options.slot_tokens, max_context), 1)
+        options = replace(options, num_slots=min(options.num_slots, most))
+    target = Target(model, num_pages, PAGE_SIZE, options.num_slots, is_static=options.is_static, ranks=ranks)
     acceptance = AcceptanceTable()
     speculates = bool(method.sources)
     drafter = _drafter(draft, target, num_pages, options)  # first: what it reads of a pass takes time, too
@@ -177,7 +177,7 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
         try:
             seconds.append(min(_timed(target, runs) for _ in range(4)))
         except torch.OutOfMemoryError:
-            if not seconds:
+            if target.is_shared or not seconds:  # a pass that others do, too, cannot be given up
                 raise
             break  # the engine does with fewer rows, too
     return StepTimes(timed[: len(seconds)], seconds)
@@ -204,6 +204,19 @@ def _max_context(model: PreTrainedModel, asked: int | None) -> int:
     if asked is not None and asked > longest:
         raise ConfigError(f"--max-context is {asked}; the model's context is {longest}. Ask for at most that.")
     return asked or longest
+
+
+def kv_room(model: PreTrainedModel, gpu_share: float, ranks: Ranks | None = None) -> tuple[KVShape, int]:
+    """Shape of the KV cache, and how many bytes there are for it: in each process, where several share the model."""
+    if ranks is not None:
+        ranks.tell(Room(gpu_share))
+    shape = kv_shape(model)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading has left is room, too
+    room = _free_memory(model.device, shape, gpu_share)
+    if ranks is None:
+        return shape, room
+    return shape, ranks.least(room if model.device.type == "cuda" else room // ranks.size)
 
 
 def _free_memory(device: torch.device, shape: KVShape, gpu_share: float) -> int:

@@ -160,12 +160,17 @@ class Engine:
         A round that the device has no memory for is given up, and half as many slots go on.
 
         Raises:
-            JobError: not even one slot fits.
+            JobError: not even one slot fits, or processes that share the target are out of step.
         """
         try:
             return self._round()
         except torch.OutOfMemoryError as error:
             reason = str(error)  # the error itself holds what the round had allocated
+        if self.target.is_shared:
+            raise JobError(
+                f"The device has no memory for a round, and a target of several processes cannot give one up: {reason}."
+                " Lower --slots or --kv-memory; the same command then resumes the job."
+            )
         return self._retreat(reason)
 
     def forget(self) -> None:
@@ -336,9 +341,7 @@ class Engine:
 
     def _move(self, moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         if moves and sum(len(source) for source, _ in moves):
-            source = torch.from_numpy(np.concatenate([source for source, _ in moves])).to(self.target.device)
-            target = torch.from_numpy(np.concatenate([target for _, target in moves])).to(self.target.device)
-            self.target.cache.move(source, target)
+            self.target.move(*(np.concatenate(indices) for indices in zip(*moves, strict=True)))
 
 
 def _rows(work: Sequence[Work]) -> tuple[int, int]:

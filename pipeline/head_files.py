@@ -16,6 +16,7 @@ from pipeline.durable import fsync, replace_json
 from pipeline.errors import ModelError
 from pipeline.features import output_scale
 from pipeline.head import DraftHead, HeadConfig
+from pipeline.ranks import whole_matrices
 
 CONFIG, WEIGHTS = "head.json", "head.safetensors"
 _SHIPPED = Path(__file__).with_name("heads")
@@ -36,15 +37,19 @@ def shipped_head(target: str) -> Path | None:
     return next((head for head in heads if read_config(head).target == target), None)
 
 
-def new_head(model: PreTrainedModel, config: HeadConfig, token_ids: torch.Tensor) -> DraftHead:
+def new_head(
+    model: PreTrainedModel,
+    config: HeadConfig,
+    token_ids: torch.Tensor,
+    matrices: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> DraftHead:
     """An untrained head over a target's embedding and output matrix, in fp32 on the target's device.
 
     Args:
         token_ids: [draft_vocab_size] int64, ascending.
+        matrices: what `whole_matrices` gives, if it is there already.
     """
-    untyped: Any = model
-    embedding = untyped.get_input_embeddings().weight.detach()
-    output = untyped.get_output_embeddings().weight.detach()
+    embedding, output = matrices or whole_matrices(model)
     scale = output_scale(model)
     head = DraftHead(config, embedding, output.float(), token_ids.to(output.device), scale)
     return head.to(output.device)
@@ -110,9 +115,10 @@ def load_head(directory: Path, model: PreTrainedModel, target: str) -> DraftHead
         ModelError: it is damaged, or was trained for another target.
     """
     config = check_target(directory, target)
+    matrices = whole_matrices(model)
     try:
         state = load_file(directory / WEIGHTS)
-        head = new_head(model, config, state["token_ids"].long())
+        head = new_head(model, config, state["token_ids"].long(), matrices)
         head.load_state_dict({**state, "token_ids": state["token_ids"].long()})
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ModelError(f"The draft head {str(directory)!r} is damaged: {error}. Train it again.") from error

@@ -34,8 +34,11 @@ from transformers import (
 from pipeline.digests import files_sha256
 from pipeline.embedded import EMBEDDED, EmbeddedModel, ensure_converted
 from pipeline.errors import ModelError
+from pipeline.ranks import check_shares, sharing_device
 
 logger = logging.getLogger(__name__)
+
+Quantization = Literal["none", "int8"]
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin"})
 MODEL_SUFFIXES = WEIGHT_SUFFIXES | {".json", ".jinja", ".model", ".txt", ".py"}
@@ -122,18 +125,30 @@ def load_causal_lm(
     device: torch.device | str,
     *,
     trust_remote_code: bool = False,
+    quantization: Quantization = "none",
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
     """The model on `device`, in eval mode (as `from_pretrained` leaves it), without gradients.
 
     Args:
         dtype: of the weights; `auto` takes what the checkpoint says.
         device: `auto` spreads the layers evenly over all GPUs there are (accelerate's device map).
+        quantization: `int8` keeps the weights of linear layers in 8 bits, with a scale for each output (torchao).
+        num_ranks: processes that share it, all of which must load it, see `pipeline.ranks`; the device is then theirs.
 
     Raises:
-        ModelError: it cannot be loaded, is not decoder-only, or its files lack some of its weights.
+        ModelError: it cannot be loaded, is not decoder-only, its files lack some of its weights, its heads cannot be
+            shared by so many, or what is asked for needs something that is not there.
     """
     config = load_config(resolved, trust_remote_code=trust_remote_code)
-    arguments: dict[str, Any] = {"dtype": dtype, "device_map": "auto" if device == "auto" else {"": device}}
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if num_ranks > 1:
+        check_shares(config.get_text_config(), num_ranks)
+        arguments["distributed_config"] = _shared_config(resolved, quantization, num_ranks, device)
+    else:
+        arguments["device_map"] = "auto" if device == "auto" else {"": device}
+    if quantization == "int8":
+        arguments["quantization_config"] = _int8_config(resolved, config)
     if resolved.gguf_file is not None:
         arguments["quantization_config"] = _gguf_config()
     else:
@@ -227,6 +242,8 @@ def _load_error(what: str, resolved: ResolvedModel, error: Exception) -> ModelEr
     remedy = (
         "Read its code, then allow it with --trust-remote-code."
         if "trust_remote_code" in str(error)
+        else "It may lack a plan for sharing; leave out --tensor-parallel."
+        if "tp_plan" in str(error)
         else "Check that the files are complete and that this version of transformers knows the architecture."
     )
     return ModelError(f"The {what} of {resolved.name!r} cannot be loaded: {_first_line(error)} {remedy}")
@@ -240,6 +257,49 @@ def _gguf_config() -> object:
             "Reading GGUF files needs transformers 5.18 or newer; upgrade it, or give a directory of safetensors."
         ) from error
     return GgufConfig(dequantize=True)
+
+
+def _int8_config(resolved: ResolvedModel, config: PreTrainedConfig) -> object:
+    """Has linear layers but the last kept in 8 bits; activations are not touched, so no row depends on another."""
+    if resolved.gguf_file is not None or getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"The weights of {resolved.name!r} are quantised already; leave out --quantization int8, or give full ones."
+        )
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    except (ImportError, ValueError) as error:  # ValueError: transformers wants a newer one
+        raise ModelError(
+            f"--quantization int8 needs torchao, which cannot be used ({_first_line(error)}). Install it on every"
+            " node: pip install '.[int8]'."
+        ) from error
+
+
+def _shared_config(
+    resolved: ResolvedModel, quantization: Quantization, num_ranks: int, device: torch.device | str
+) -> object:
+    if resolved.gguf_file is not None or quantization != "none":
+        raise ModelError(
+            f"Processes can share full weights only, and {resolved.name!r} has "
+            f"{'a GGUF file' if resolved.gguf_file is not None else '--quantization ' + quantization}; leave out"
+            " --tensor-parallel, or give a directory of safetensors."
+        )
+    if torch.device(device).type != sharing_device():
+        raise ModelError(
+            f"transformers shares models on {sharing_device()} alone with this build of PyTorch, not on {device}; leave"
+            " out --tensor-parallel."
+        )
+    try:
+        from transformers import distributed
+
+        return cast(Any, distributed).DistributedConfig(tp_size=num_ranks)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ModelError(
+            "Sharing a model among processes needs a newer transformers, whose DistributedConfig has tp_size; upgrade"
+            " it, or leave out --tensor-parallel."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

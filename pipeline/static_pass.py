@@ -14,7 +14,8 @@ from pipeline.packing import PackedRow
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
-_FUSED = ("RMSNorm", "MLP")  # ends of the names of modules that hold most of a model's element-wise kernels
+# Ends of the names of modules that hold most of a model's element-wise kernels; what processes share has waits inside.
+_FUSED, _FUSED_SHARED = ("RMSNorm", "MLP"), ("RMSNorm",)
 
 
 class StaticPasses:
@@ -24,21 +25,27 @@ class StaticPasses:
         cache: whose last page belongs to nobody.
         tap: of the hidden states that a drafter reads, as it is at each capture.
         num_runs: most sequences in a pass.
+        num_ranks: how many processes share the model's heads.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: PagedCache, tap: Callable[[], FeatureTap | None], num_runs: int
+        self,
+        model: PreTrainedModel,
+        cache: PagedCache,
+        tap: Callable[[], FeatureTap | None],
+        num_runs: int,
+        num_ranks: int = 1,
     ) -> None:
         config: Any = model.config.get_text_config()
         self._model = model
         if model.device.type == "cuda" and has_compiler():
             for module in model.modules():
-                if type(module).__name__.endswith(_FUSED):
+                if type(module).__name__.endswith(_FUSED if num_ranks == 1 else _FUSED_SHARED):
                     module.compile(dynamic=True)
         self._cache = cache
         self._tap = tap
         self._row = StaticRow(
-            config.num_attention_heads // cache.shape.num_kv_heads,
+            _query_heads_a_kv_head(config, cache, num_ranks),
             cache.last_page,
             model.device,
             num_runs,
@@ -78,3 +85,11 @@ class StaticPasses:
         )
         tap = self._tap()
         return output.logits[0], None if tap is None else tap.take()[0]
+
+
+def _query_heads_a_kv_head(config: Any, cache: PagedCache, num_ranks: int) -> int:
+    """By the configuration where processes share the model: each may have some of its heads, or all."""
+    num_heads = int(config.num_attention_heads)
+    if num_ranks == 1:
+        return num_heads // cache.shape.num_kv_heads
+    return num_heads // int(getattr(config, "num_key_value_heads", None) or num_heads)

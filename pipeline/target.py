@@ -7,6 +7,7 @@ function reads them. What the model cannot be is checked once, at load.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -17,6 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.packing import Run, order_runs, pack
+from pipeline.ranks import Build, Move, Pass, Ranks
 from pipeline.static_pass import Outputs, StaticPasses
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -43,9 +45,13 @@ class Forward:
 class Target:
     """A loaded target over a KV pool of `num_pages` pages.
 
+    Attributes:
+        is_shared: by several processes, which must do the same passes.
+
     Args:
         num_slots: most sequences in a pass of fixed size.
         is_static: run passes of fixed sizes, see `pipeline.static_pass`; None where that is faster, on a GPU.
+        ranks: the processes that share the model; None if it is whole.
 
     Raises:
         ModelError: the architecture is not supported; says which part.
@@ -59,7 +65,11 @@ class Target:
         num_slots: int = 128,
         *,
         is_static: bool | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
+        self.is_shared = ranks is not None
+        self._tell(Build(num_pages, page_size, num_slots, is_static))
         self.config = model.config.get_text_config()
         self.model = model
         self.device: torch.device = model.device
@@ -73,7 +83,8 @@ class Target:
         softcap = getattr(self.config, "attn_logit_softcapping", None)
         pays = graphs.pays(self.device) and can_be_static(self.device, softcap)
         if not self._is_split and (pays if is_static is None else is_static):
-            self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots)
+            num_ranks = 1 if ranks is None else ranks.size
+            self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots, num_ranks)
 
     def read_states(self, depths: Sequence[int]) -> None:
         """Has every forward pass return the hidden states of these decoder layers."""
@@ -84,6 +95,7 @@ class Target:
     @torch.inference_mode()
     def forward(self, runs: list[Run]) -> Forward:
         """One forward pass over all runs. Their keys and values are in the cache afterwards, accepted or not."""
+        self._tell(Pass(runs))
         order, num_short = order_runs(runs, LONG_CHAIN)
         packed = [runs[i] for i in order]
         logits, states = self._run(packed, num_short)
@@ -96,6 +108,15 @@ class Target:
                 begin[i] = next_row
                 next_row += runs[i].num_logits
         return Forward(logits, begin, states, state_begin)
+
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies tokens within the cache, pool token indices [n] -> [n] int64; all are read before any is written."""
+        self._tell(Move(source, target))
+        self.cache.move(*(torch.from_numpy(index).to(self.device) for index in (source, target)))
+
+    def _tell(self, order: Build | Pass | Move) -> None:
+        if self._ranks is not None:
+            self._ranks.tell(order)
 
     def _run(self, runs: Sequence[Run], num_short: int) -> Outputs:
         """Logits, and states if they are read, of runs in order."""

@@ -104,6 +104,8 @@ def start_both(marks: Path, *, first_hangs: bool) -> list[Any]:
             replica=replica,
             job=str(marks),
             num_threads=1,
+            quantization="none",
+            num_ranks=1,
             is_split=False,
             is_traced=False,
         )

@@ -68,6 +68,8 @@ def new_replica(
             replica=0,
             job=str(directory),
             num_threads=None,
+            quantization="none",
+            num_ranks=1,
             is_split=False,
             is_traced=False,
         )

@@ -71,6 +71,9 @@ def launch(config: GenerateConfig, places: Places, replica: int) -> Any:
         ({"gpus_per_replica": 2.0}, 2, 2.0),
         ({"gpus_per_replica": 0.5, "num_replicas": 3}, 3, 0.5),
         ({"device": "cpu", "num_replicas": 2}, 2, 0.0),
+        ({"tensor_parallel": 2}, 2, 1.0),
+        ({"tensor_parallel": 2, "gpus_per_replica": 2.0, "num_replicas": 1}, 1, 1.0),
+        ({"tensor_parallel": 3, "device": "cpu", "num_replicas": 1}, 1, 0.0),
     ],
 )
 def test_each_replica_has_a_group_with_what_it_reserves(
@@ -85,6 +88,8 @@ def test_each_replica_has_a_group_with_what_it_reserves(
         assert len(groups) == num_replicas
         for group in groups.values():
             assert (group["strategy"], group["state"]) == ("STRICT_PACK", "CREATED")
+            assert len(group["bundles"]) == config.tensor_parallel
+            assert all(bundle.get("GPU", 0.0) == gpus_each for bundle in group["bundles"].values())
         for info in found:
             assert info["resources"].get("GPU", 0.0) == gpus_each
             assert info["resources"]["CPU"] == places.placement.num_cpus

@@ -80,7 +80,8 @@ class ToyTarget:
         self.device = torch.device("cpu")
         self.page_size = page_size
         self.num_pages = num_pages
-        self.cache = SimpleNamespace(page_size=page_size, move=self._move)
+        self.is_shared = False
+        self.cache = SimpleNamespace(page_size=page_size)
         self.num_computed = 0
         self.num_forwards = 0
         self.longest_prefill = 0
@@ -147,7 +148,7 @@ class ToyTarget:
         row[self.next_token(prefix)] = 1.0
         return row
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
         entries = [self._pool[place] for place in source.tolist()]
         for place, entry in zip(target.tolist(), entries, strict=True):
             self._pool[place] = entry
