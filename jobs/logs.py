@@ -44,6 +44,8 @@ def use(log_format: LogFormat) -> None:
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(logging.DEBUG if is_json else logging.INFO)
     logging.captureWarnings(is_json)
+    # torch, which writes past our handlers, warns of an import of torchao's whenever transformers looks for it.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def is_json() -> bool:

@@ -293,9 +293,16 @@ class ReplayEngine(Engine):
         proposers = build(method, acceptance, recording.vocab_size, searchers, drafter, economy)
         longest = max(len(p) + len(o) for p, o in zip(recording.prompts, recording.outputs, strict=True)) + 1
         num_pages = num_slots * (-(-longest // _PAGE_SIZE) + 4)
-        cache = SimpleNamespace(page_size=_PAGE_SIZE, move=lambda *_: None)
+        cache = SimpleNamespace(page_size=_PAGE_SIZE)
         config = SimpleNamespace(vocab_size=recording.vocab_size)
-        target = SimpleNamespace(cache=cache, num_pages=num_pages, config=config, device=torch.device("cpu"))
+        target = SimpleNamespace(
+            cache=cache,
+            move=lambda *_: None,
+            num_pages=num_pages,
+            config=config,
+            device=torch.device("cpu"),
+            is_shared=False,
+        )
         engine = EngineConfig(num_slots, budget, prefill_chunk=1 << 30, max_context=longest)
         eos: Any = ()
         super().__init__(cast(Target, target), NoText(), eos, proposers, acceptance, engine, times, clock=self.clock)

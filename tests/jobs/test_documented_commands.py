@@ -47,6 +47,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+pytestmark = pytest.mark.timeout(600)  # a machine may be half as fast as another
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """Somebody who types commands: their environment, and what /data is."""
@@ -63,7 +66,7 @@ class User:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=560,
             check=False,
         )
 
