@@ -99,11 +99,13 @@ class Followers:
         """What a failure of the leader was, for the user; where a follower is lost, this process ends, too."""
         if isinstance(error, RasdError):
             return error
+        if isinstance(error, torch.OutOfMemoryError):
+            return _no_memory(error)
         if self._is_lost.wait(_GRACE_SECONDS):
             if self._reason is None:
                 _end("another process of this replica is lost", error)
             return self._reason or error
-        return _no_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
+        return error
 
     def leave(self) -> None:
         """Ends them."""

@@ -160,17 +160,15 @@ class Engine:
         A round that the device has no memory for is given up, and half as many slots go on.
 
         Raises:
-            JobError: not even one slot fits, or processes that share the target are out of step.
+            JobError: not even one slot fits.
+            torch.OutOfMemoryError: as it is, of a target of several processes, which cannot give a round up.
         """
         try:
             return self._round()
         except torch.OutOfMemoryError as error:
+            if self.target.is_shared:
+                raise
             reason = str(error)  # the error itself holds what the round had allocated
-        if self.target.is_shared:
-            raise JobError(
-                f"The device has no memory for a round, and a target of several processes cannot give one up: {reason}."
-                " Lower --slots or --kv-memory; the same command then resumes the job."
-            )
         return self._retreat(reason)
 
     def forget(self) -> None:

@@ -24,6 +24,7 @@ from datastore import Datastore
 from jobs.commit import read_commits
 from pipeline.models import resolve_model
 
+pytestmark = pytest.mark.timeout(600)  # a machine may be half as fast as another
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
 QUESTIONS = ["Write about tea. It is", "Write about snow. It is", "Write about chess. It is"]
@@ -45,9 +46,6 @@ def free_ports(count: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
-
-
-pytestmark = pytest.mark.timeout(600)  # a machine may be half as fast as another
 
 
 @dataclass(frozen=True, slots=True)
