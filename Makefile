@@ -33,8 +33,11 @@ demo: setup
 	$(BIN)/python -m pipeline.models fetch smollm2-135m
 	$(BIN)/rasd generate --model smollm2-135m --prompts examples/prompts.jsonl --output outputs/demo --max-new-tokens 96
 
+# In lanes side by side, a core and a Ray each; then what measures times.
+LANES ?= 2
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(LANES) --dist loadgroup -m "not alone"
+	$(BIN)/pytest -m alone
 
 check: setup
 	$(BIN)/ruff check .

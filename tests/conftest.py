@@ -12,6 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run in Triton's interpreter
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A lane beside others has one core: threads that wait for one another at barriers would lose most of the time. And
+    # it has a Ray of its own, not that of the process that started it.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("RAY_TMPDIR", "RAY_AUTH_MODE"):
+        os.environ.pop(name, None)
+    # For what there is one of on a node; as short as it can be, for what is made in it.
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rasd-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 if "RAY_TMPDIR" not in os.environ:
     # Ray puts sockets there, whose paths may have 107 bytes: pytest's own directories are too deep.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rasd-")
@@ -44,8 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
         graphs.pays = lambda device: True
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Tests of a file stay in one lane if no mark says otherwise; what needs a GPU is skipped where there is none."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available():
         return
     for item in items:

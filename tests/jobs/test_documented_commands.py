@@ -1,6 +1,7 @@
 """Jobs of the README and of docs/cluster.md, whose commands are taken from there and run on a head started so.
 
 Only what would meet another Ray or other files of this machine is changed: ports, the home directory, and /data.
+Options behind the command's own make the jobs smaller.
 """
 
 import json
@@ -22,6 +23,7 @@ import pytest
 
 from datastore import Datastore
 from jobs.commit import read_commits
+from pipeline.head_files import is_head
 from pipeline.models import resolve_model
 
 pytestmark = pytest.mark.timeout(600)  # a machine may be half as fast as another
@@ -68,13 +70,13 @@ class User:
             check=False,
         )
 
-    def submit(self, lines: list[str], module: str) -> str:
+    def submit(self, lines: list[str], module: str, *smaller: str) -> str:
         """Run the block's command for a job, again while the head's agent is not up yet; what it printed."""
         exports = [line for line in lines if line.startswith("export ")]
         (command,) = [line for line in lines if f"python -m jobs.{module} " in line]
         deadline = time.monotonic() + 90
         while True:
-            done = self.run([*exports, command])
+            done = self.run([*exports, " ".join([command, *smaller])])
             if "submitted successfully" in done.stdout or time.monotonic() > deadline:
                 assert done.returncode == 0, done.stdout + done.stderr
                 return done.stdout
@@ -133,12 +135,12 @@ def check_rows(output: Path) -> None:
 def test_the_readmes_job_generates(user: User) -> None:
     lines = commands_after(ROOT / "README.md", "through Ray's job server:")
     write_prompts(user.data / "prompts.jsonl")
-    assert '"state": "done"' in user.submit(lines, "generate")
+    assert '"state": "done"' in user.submit(lines, "generate", "--num-replicas 2", "--max-new-tokens 16")
     check_rows(user.data / "out")
 
 
 @pytest.mark.slow
-def test_the_cluster_guides_job_builds_a_datastore(user: User) -> None:
+def test_the_cluster_guides_jobs_build_a_datastore_and_train_a_head(user: User) -> None:
     lines = commands_after(ROOT / "docs" / "cluster.md", "## The three jobs")
     data = user.data / "guide"
     user = User(user.environment, data)
@@ -146,10 +148,14 @@ def test_the_cluster_guides_job_builds_a_datastore(user: User) -> None:
     text = "The quick brown fox jumps over the lazy dog, and the lazy dog sleeps on."
     (data / "corpus" / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     (data / "model").symlink_to(resolve_model(MODEL).path)
+    write_prompts(data / "sample.jsonl")
     assert '"state": "done"' in user.submit(lines, "build_datastore")
     store = Datastore.open(data / "store")
     assert store.lookup([store.segments[0].segment.document(0)[:5]]).match_lengths.tolist() == [5]
     store.close()
+    smaller = "--max-new-tokens 12 --draft-vocab 64 --rank 0 --epochs 1 --batch-size 2 --unroll 2 --held-out 1"
+    assert '"state": "done", "steps": 1, "sequences": 2' in user.submit(lines, "train_draft", smaller)
+    assert is_head(str(data / "head"))
 
 
 @pytest.mark.slow
@@ -160,8 +166,9 @@ def test_the_readmes_job_measures_methods(user: User) -> None:
     data.mkdir()
     write_prompts(data / "questions.jsonl")
     submitted = [line for line in lines if line.startswith("ray job submit")]
-    assert '"state": "done"' in User(user.environment, data).submit([*exports, *submitted], "throughput")
+    smaller = ("--replicas 2", "--methods plain,rasd", "--max-new-tokens 8")
+    assert '"state": "done"' in User(user.environment, data).submit([*exports, *submitted], "throughput", *smaller)
     found = json.loads((data / "speed" / "results.json").read_text())
-    assert (found["state"], found["replicas"], found["questions"]) == ("done", 4, 1), "--quick asks one of each task"
+    assert (found["state"], found["replicas"], found["questions"]) == ("done", 2, 1), "--quick asks one of each task"
     assert {"plain", "rasd"} <= found["slots"]["1"].keys()
     assert (data / "speed" / "report.html").stat().st_size > 10_000

@@ -10,7 +10,11 @@ import pytest
 from jobs.html.document import SOURCES
 from tests.browser import Browser, program
 
-pytestmark = pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium-headless-shell")
+pytestmark = [
+    pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium-headless-shell"),
+    pytest.mark.xdist_group("throughput"),
+    pytest.mark.timeout(600),  # the run that is shared takes minutes
+]
 
 NOW = "document.querySelector('.tok.now')"
 

@@ -119,11 +119,18 @@ def test_killing_the_service_in_the_middle_changes_no_output_and_costs_no_row(
     assert table_of(output).select(EXACT).equals(table_of(plain).select(EXACT))
 
 
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def kill_services() -> int:
     found = [
         process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [""])[0].startswith("ray::RetrievalService")
+        for process in psutil.Process().children(recursive=True)
+        if _title(process).startswith("ray::RetrievalService")
     ]
     for process in found:
         process.kill()

@@ -1,5 +1,6 @@
 """`rasd generate --tensor-parallel`: processes that share the embedded model give its text and end together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -36,7 +37,13 @@ def table_of(output: Path) -> pa.Table:
 
 
 def followers() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter(["name"]) if "Follower" in (process.info["name"] or "")]
+    """Of this test's own cluster, whose processes are below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "Follower" in process.name():
+                found.append(process)
+    return found
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 METHODS = ("plain", "context", "draft", "rasd", "hf-generate", "hf-prompt-lookup")
-SLOTS, REPEATS, TOKENS = (1, 2), 2, 16
+SLOTS, REPEATS, TOKENS = (1, 2), 2, 12
 QUESTIONS = [
     {
         "question_id": 1,
@@ -27,5 +27,5 @@ def words(questions: Path, output: Path, cluster: str, *more: str) -> list[str]:
     """The command line."""
     options = ["--model", "smollm2-135m", "--prompts", str(questions), "--output", str(output), "--dtype", "float32"]
     options += ["--methods", ",".join(METHODS), "--slots", ",".join(map(str, SLOTS)), "--repeats", str(REPEATS)]
-    options += ["--max-new-tokens", str(TOKENS), "--per-task", "2", "--traced", "2", "--num-threads", "2", "--quiet"]
+    options += ["--max-new-tokens", str(TOKENS), "--per-task", "2", "--traced", "2", "--num-threads", "1", "--quiet"]
     return ["throughput", *options, "--ray-address", cluster, *more]

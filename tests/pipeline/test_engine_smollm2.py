@@ -31,7 +31,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 @pytest.fixture(scope="module")
 def prompts(smollm2: Loaded) -> list[tuple[int, ...]]:
     rows = [json.loads(line) for line in EXAMPLES.read_text().splitlines()]
-    return [encode_messages(smollm2[1], row["messages"]) for row in rows[::5]]
+    return [encode_messages(smollm2[1], row["messages"]) for row in rows[::7]]
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def round_seconds(searcher: SlowSearcher) -> float:
     return float(np.median(seconds[2:]))
 
 
+@pytest.mark.alone
 def test_a_slow_search_costs_a_round_nothing_while_the_draft_model_works() -> None:
     without = round_seconds(SlowSearcher(0.0))
     beside, before = round_seconds(SlowSearcher(LATENCY)), round_seconds(SlowSearcher(LATENCY, is_early=True))
