@@ -44,8 +44,10 @@ def use(log_format: LogFormat) -> None:
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(logging.DEBUG if is_json else logging.INFO)
     logging.captureWarnings(is_json)
-    # torch, which writes past our handlers, warns of an import of torchao's whenever transformers looks for it.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # Whenever transformers looks for torchao, torch warns of its import, past our handlers, and torchao of kernels that
+    # other machines have.
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def is_json() -> bool:

@@ -262,7 +262,8 @@ def _measure(
         journal.add(measured, replicas.count, texts)
         done.add((measured[0].repeat, measured[0].sample.number))
         if not config.quiet:
-            log.info("%d slots: %d of %d samples, repeat %d", slots, len(done), total, measured[0].repeat + 1)
+            at = f"{slots} slot{'s' * (slots > 1)}"
+            log.info("%s: %d of %d samples, repeat %d", at, len(done), total, measured[0].repeat + 1)
         if measured[0].sample is contest.samples[-1]:
             journal.write_table()
     journal.write_table()

@@ -54,7 +54,7 @@ def _speed(record: Mapping[str, Any], slots: str) -> Any:
     axes.axvline(1, color=_INK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(tasks)), ["all tasks" if task == ALL else task for task in tasks])
     axes.invert_yaxis()
-    axes.set_xlabel(f"times plain decoding's tokens/s, {slots} slots; thin lines: 95% intervals")
+    axes.set_xlabel(f"times plain decoding's tokens/s, {slots} slot{'s' * (slots != '1')}; thin lines: 95% intervals")
     if compared:
         axes.legend(frameon=False, ncols=len(compared), loc="upper left", bbox_to_anchor=(0, 1.1))
     _calm(axes)
