@@ -36,7 +36,7 @@ demo: setup
 # In lanes side by side, a core and a Ray each; then what measures times.
 LANES ?= 2
 test: setup
-	$(BIN)/pytest -n $(LANES) --dist loadgroup -m "not alone"
+	$(BIN)/pytest -n $(LANES) -m "not alone"
 	$(BIN)/pytest -m alone
 
 check: setup

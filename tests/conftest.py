@@ -32,11 +32,13 @@ if "RAY_AUTH_MODE" not in os.environ:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from ray.cluster_utils import Cluster
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from xdist.scheduler import LoadFileScheduling
 
 from pipeline import graphs
 from pipeline.models import load_causal_lm, load_tokenizer, resolve_model
@@ -53,12 +55,21 @@ def pytest_configure(config: pytest.Config) -> None:
         graphs.pays = lambda device: True
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
+class Lanes(LoadFileScheduling):  # type: ignore[misc]
+    """Tests of a file run in one lane, and those of two files that look at the same throughput run."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return file.replace("test_report_page", "test_throughput")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    """Of `pytest -n`."""
+    return Lanes(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay in one lane if no mark says otherwise; what needs a GPU is skipped where there is none."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():
         return
     for item in items:

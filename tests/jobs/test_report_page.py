@@ -12,7 +12,6 @@ from tests.browser import Browser, program
 
 pytestmark = [
     pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium-headless-shell"),
-    pytest.mark.xdist_group("throughput"),
     pytest.mark.timeout(600),  # the run that is shared takes minutes
 ]
 

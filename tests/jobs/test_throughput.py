@@ -17,7 +17,7 @@ from jobs.cli import main
 from jobs.measured import JOURNAL, RESULTS, read_rows
 from tests.jobs.throughput_run import METHODS, NUM_REQUESTS, REPEATS, SLOTS, TOKENS, words, write_questions
 
-pytestmark = [pytest.mark.xdist_group("throughput"), pytest.mark.timeout(600)]  # the run that is shared takes minutes
+pytestmark = pytest.mark.timeout(600)  # the run that is shared takes minutes
 ROOT = Path(__file__).parents[2]
 ONE_SLOT = {"hf-prompt-lookup"}
 
