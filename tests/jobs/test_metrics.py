@@ -66,7 +66,7 @@ def test_a_jobs_metrics_are_its_reports_figures(tmp_path: Path, cluster: str, en
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["accepted"] > 0
 
-    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_total") >= report["rows"])
+    samples = wait_for(endpoint, output, lambda found: have_all_told(found, report["rows"]))
     totals = {name: total(samples, f"ray_rasd_{name}_total") for name in ("rows", "rounds", "drafted", "accepted")}
     assert totals == {name: report[name] for name in totals}
     assert total(samples, "ray_rasd_output_tokens_total") == report["tokens"]
@@ -88,6 +88,12 @@ def test_a_jobs_metrics_are_its_reports_figures(tmp_path: Path, cluster: str, en
         assert labels["method"] == report["method"]
         assert "replica" not in spec.tags or labels["replica"] == "0"
     check_log(done.stderr)
+
+
+def have_all_told(samples: list[Sample], rows: int) -> bool:
+    """Replica, driver and retrieval service each export when they come to it."""
+    told = (total(samples, "ray_rasd_rows_total"), total(samples, "ray_rasd_rows_committed_total"))
+    return min(told) >= rows and total(samples, "ray_rasd_retrieval_seconds_count", call="lookup", place="service") > 0
 
 
 def check_log(stderr: str) -> None:
