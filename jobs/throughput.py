@@ -32,7 +32,7 @@ from jobs.contest import Contest, measure, samples_of
 from jobs.figures import figures_of
 from jobs.files import read_json, write_json, writing
 from jobs.generation import output_directory
-from jobs.html.page import write_report
+from jobs.html.page import slots_named, write_report
 from jobs.lease import Lease
 from jobs.measured import Journal, trail_tokens
 from jobs.options import Parser, add_options, build_config
@@ -262,7 +262,7 @@ def _measure(
         journal.add(measured, replicas.count, texts)
         done.add((measured[0].repeat, measured[0].sample.number))
         if not config.quiet:
-            at = f"{slots} slot{'s' * (slots > 1)}"
+            at = slots_named(str(slots))
             log.info("%s: %d of %d samples, repeat %d", at, len(done), total, measured[0].repeat + 1)
         if measured[0].sample is contest.samples[-1]:
             journal.write_table()

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.figures import ALL
 from jobs.files import writing
-from jobs.html.page import first_method
+from jobs.html.page import first_method, slots_named
 
 SPEED = "speedup.png"
 SLOTS = "tokens_per_second.png"
@@ -54,7 +54,7 @@ def _speed(record: Mapping[str, Any], slots: str) -> Any:
     axes.axvline(1, color=_INK, linewidth=1, linestyle="--")
     axes.set_yticks(range(len(tasks)), ["all tasks" if task == ALL else task for task in tasks])
     axes.invert_yaxis()
-    axes.set_xlabel(f"times plain decoding's tokens/s, {slots} slot{'s' * (slots != '1')}; thin lines: 95% intervals")
+    axes.set_xlabel(f"times plain decoding's tokens/s, {slots_named(slots)}; thin lines: 95% intervals")
     if compared:
         axes.legend(frameon=False, ncols=len(compared), loc="upper left", bbox_to_anchor=(0, 1.1))
     _calm(axes)

@@ -18,13 +18,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in ("RAY_TMPDIR", "RAY_AUTH_MODE"):
         os.environ.pop(name, None)
-    # For what there is one of on a node; as short as it can be, for what is made in it.
-    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="rasd-")
-    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 if "RAY_TMPDIR" not in os.environ:
     # Ray puts sockets there, whose paths may have 107 bytes: pytest's own directories are too deep.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="rasd-")
     atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what there is one of on a node is one of each lane's
+        os.environ["TMPDIR"] = tempfile.tempdir = os.environ["RAY_TMPDIR"]
 if "RAY_AUTH_MODE" not in os.environ:
     # Otherwise Ray makes a token of its own in the user's home.
     token = Path(os.environ["RAY_TMPDIR"]) / "auth_token"

@@ -44,7 +44,7 @@ def render(record: Record, rows: Sequence[Row]) -> str:
     sections.append(
         tokens_a_round(
             [_tau_row(name, own) for name, own in methods.items()],
-            f"New tokens that one pass of the target brings (tau), by who proposed them; {_slots(slots)}. Plain"
+            f"New tokens that one pass of the target brings (tau), by who proposed them; {slots_named(slots)}. Plain"
             " decoding has one, the target's own.",
         )
     )
@@ -57,8 +57,9 @@ def render(record: Record, rows: Sequence[Row]) -> str:
         sections.append(
             round_time(
                 phases,
-                f"Mean milliseconds of an engine's round by phase, those with prompt tokens included; {_slots(slots)}."
-                " A round of a drafting method is longer than plain decoding's, and brings more tokens.",
+                f"Mean milliseconds of an engine's round by phase, those with prompt tokens included;"
+                f" {slots_named(slots)}. A round of a drafting method is longer than plain decoding's, and brings more"
+                " tokens.",
             )
         )
     if first in methods and methods[first]["calibration"]:
@@ -89,7 +90,8 @@ def _base(method: str) -> str:
     return method.partition(":")[0].partition("@")[0]
 
 
-def _slots(slots: str) -> str:
+def slots_named(slots: str) -> str:
+    """For people."""
     return "one slot" if slots == "1" else f"{slots} slots"
 
 
@@ -107,7 +109,7 @@ def _lead(record: Record, methods: Methods, slots: str, first: str) -> str:
         told = (
             "One measurement gives no interval" if bounds is None else "95% interval {:.2f} to {:.2f}".format(*bounds)
         )
-        told = f"<b>{escape(first)}</b>, {_slots(slots)}: {told}."
+        told = f"<b>{escape(first)}</b>, {slots_named(slots)}: {told}."
     tasks = sum(name != ALL for name in sets)
     told += (
         f" <small>Tokens a second over {record['questions']} questions of {tasks} tasks, {config['max_new_tokens']}"
@@ -160,7 +162,7 @@ def _speed(slots: str, methods: Methods, first: str) -> Section:
         caption += " The slots were filled with questions of several tasks at once, so that speed by task is not known."
     order = sorted(cells, key=lambda row: (row[0] != ALL, str(row[0])))
     body += table(heads, order, "Speed as a table")
-    return Section(f"speed-{slots}", f"Speed-up, {_slots(slots)}", caption, body)
+    return Section(f"speed-{slots}", f"Speed-up, {slots_named(slots)}", caption, body)
 
 
 def _tau_row(name: str, own: Mapping[str, Any]) -> tuple[str, float, Mapping[str, float]]:
@@ -210,8 +212,8 @@ def _by_depth(methods: Methods, first: str, slots: str) -> Section:
     keys = legend((line.kind, ANY if line.name == ANY else line.name) for line in series)
     caption = (
         f"How often a source was right where it had tokens of this depth verified below an accepted one: {first},"
-        f" {_slots(slots)}; places with fewer than 5 such rounds left out. A token that several proposed counts for"
-        " each."
+        f" {slots_named(slots)}; places with fewer than 5 such rounds left out. A token that several proposed counts"
+        " for each."
     )
     heads = ["method, source", *(f"depth {depth}" for depth in range(1, 9))]
     body = picture + keys + table(heads, cells, "Right / offered as a table")
@@ -229,8 +231,8 @@ def _calibration(methods: Methods, first: str, slots: str) -> Section:
         for each in own["calibration"]
     ]
     caption = (
-        f"Verified nodes below an accepted one, by the acceptance estimated before: {first}, {_slots(slots)}. On the"
-        " line estimates are right; a circle's area is its share of nodes."
+        f"Verified nodes below an accepted one, by the acceptance estimated before: {first}, {slots_named(slots)}. On"
+        " the line estimates are right; a circle's area is its share of nodes."
     )
     heads = ["method", "estimated", "accepted", "nodes"]
     return Section("calibration", "Calibration", caption, picture + table(heads, cells, "Calibration as a table"))
@@ -239,7 +241,7 @@ def _calibration(methods: Methods, first: str, slots: str) -> Section:
 def _run(record: Record) -> Section:
     machine, config = record["machine"], record["config"]
     equal = {
-        f"{name}, {_slots(slots)}": own["equal_to_plain"]
+        f"{name}, {slots_named(slots)}": own["equal_to_plain"]
         for slots, methods in record["slots"].items()
         for name, own in methods.items()
         if own["equal_to_plain"] is not None

@@ -17,6 +17,7 @@ from datastore.format import Manifest, write_manifest
 from datastore.segment import write_segment
 from jobs.commit import read_commits
 from pipeline.models import tokenizer_hash
+from tests.jobs.chaos.nodes import actors_below
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["row_index", "id", "sample", "prompt", "text", "token_ids", "finish_reason", "seed", "status", "error_type"]
@@ -119,19 +120,9 @@ def test_killing_the_service_in_the_middle_changes_no_output_and_costs_no_row(
     assert table_of(output).select(EXACT).equals(table_of(plain).select(EXACT))
 
 
-def _title(process: psutil.Process) -> str:
-    try:
-        return (process.cmdline() or [""])[0]
-    except psutil.NoSuchProcess:
-        return ""
-
-
 def kill_services() -> int:
-    found = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if _title(process).startswith("ray::RetrievalService")
-    ]
+    """Those of this test's own cluster, whose processes are below this one."""
+    found = list(actors_below(psutil.Process(), "RetrievalService"))
     for process in found:
         process.kill()
     return len(found)

@@ -1,6 +1,5 @@
 """`rasd generate --tensor-parallel`: processes that share the embedded model give its text and end together."""
 
-import contextlib
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from jobs.commit import read_commits
 from jobs.config import GenerateConfig
 from pipeline.errors import ConfigError
 from pipeline.ranks import sharing_device
+from tests.jobs.chaos.nodes import actors_below
 
 ROOT = Path(__file__).parents[2]
 SUBJECTS = ["the sea", "bread", "a clock", "winter", "copper", "a long road", "chess", "rain"]
@@ -38,12 +38,7 @@ def table_of(output: Path) -> pa.Table:
 
 def followers() -> list[psutil.Process]:
     """Of this test's own cluster, whose processes are below this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "Follower" in process.name():
-                found.append(process)
-    return found
+    return list(actors_below(psutil.Process(), "Follower"))
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

@@ -50,7 +50,7 @@ class Nodes:
     def actors(self, cls: str) -> list[psutil.Process]:
         """Processes of the actors of a class, in the order of their nodes and ages."""
         nodes = [self._cluster.head_node, *self._workers()]
-        return [process for node in nodes for process in _actors(_raylet(node), cls)]
+        return [process for node in nodes for process in actors_below(_raylet(node), cls)]
 
     def kill_raylet(self, pick: float) -> bool:
         """SIGKILL to the raylet of a node with a replica; False if there is none.
@@ -58,7 +58,7 @@ class Nodes:
         Args:
             pick: which one, in [0, 1).
         """
-        busy = [node for node in self._workers() if list(_actors(_raylet(node), "Replica"))]
+        busy = [node for node in self._workers() if list(actors_below(_raylet(node), "Replica"))]
         if busy:
             _raylet(busy[int(pick * len(busy))]).kill()
         return bool(busy)
@@ -82,8 +82,9 @@ def _raylet(node: Any) -> psutil.Process:
     return psutil.Process(_process(node).pid)
 
 
-def _actors(raylet: psutil.Process, cls: str) -> Iterator[psutil.Process]:
-    for process in sorted(raylet.children(recursive=True), key=lambda child: child.pid):
+def actors_below(ancestor: psutil.Process, cls: str) -> Iterator[psutil.Process]:
+    """Actors of a class among the descendants of a process, by age."""
+    for process in sorted(ancestor.children(recursive=True), key=lambda child: child.pid):
         try:
             title = (process.cmdline() or [""])[0]  # a zombie's is empty
         except psutil.NoSuchProcess:
