@@ -79,7 +79,7 @@ class Economy:
     def __init__(self, times: StepTimes, depth: int) -> None:
         self.times = times
         self.level_times = LevelTimes(times)
-        self.resting = Resting()
+        self.resting = Resting(times)
         self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains`
         self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
         self._gained = _FIRST_TOKENS * _FIRST_WORTH

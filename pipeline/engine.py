@@ -179,7 +179,7 @@ class Engine:
         begin, num_captures = self._clock(), Graphs.num_captures
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
-        self._rests = self._rule.rests(len(decoding))
+        self._rests = self._rule.rests(len(self._scheduler.active))
         self._proposed = dict(zip([slot.number for slot in decoding], self._propose(decoding), strict=True))
         with self.phases("select"):
             trees = self._select(self._clock() - begin)

@@ -2,11 +2,16 @@
 
 With many slots a pass takes nearly as long as its rows, and what surrounds it is not earned back. Rounds of both kinds
 are compared by their tokens against what plain decoding's passes alone would have made in the same time, at each
-number of slots by itself; the lesser kind is tried again, ever more rarely while it stays the lesser.
+number of slots by itself; the lesser kind is tried again, ever more rarely while it stays the lesser. Where a row is
+dear from the start, a replica begins at rest: a short batch is over before speculation could have been found wanting.
 """
 
 import math
 from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.budget import StepTimes
 
 _DECAY = 0.98  # of a round in moving averages
 _MARGIN = 1.02  # by which rest must be better: what 16 slots emit in a round varies by a sixth
@@ -18,6 +23,7 @@ _FEW_SLOTS = 16
 _SHORT_WARM_UP, _SHORT_TRIAL = 8, 8
 _RUN_UP = 64  # rounds of rest before a trial of speculation, in which drafters follow new requests again
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
+_DEAR = 0.3  # of what a slot's share of a plain pass takes: a row that adds so much is rarely earned back
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
 
 
@@ -42,13 +48,13 @@ class _Worth:
 class _Level:
     """What is known at about one number of slots, 2**size."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, begins_at_rest: bool = False) -> None:
         are_few = 2**size <= _FEW_SLOTS
-        self.is_resting = False
+        self.is_resting = begins_at_rest
         self._speculation, self._rest = _Worth(), _Worth()
         self._unseen = _WARM_UP_SLOTS >> size if are_few else _SHORT_WARM_UP
         self._trial = _TRIAL if are_few else _SHORT_TRIAL
-        self._left = self._trial  # rounds until the next decision
+        self._left = _SHORTEST if begins_at_rest else self._trial  # rounds until the next decision
         self._length = _SHORTEST
 
     @property
@@ -57,7 +63,7 @@ class _Level:
 
     def observe(self, tokens: float, plain: float) -> None:
         """A round of the current kind."""
-        if self._unseen:
+        if self._unseen and not self.is_resting:
             self._unseen -= 1
             return
         (self._rest if self.is_resting else self._speculation).observe(tokens, plain)
@@ -66,7 +72,8 @@ class _Level:
             self._decide()
 
     def _decide(self) -> None:
-        is_better = self._rest.num_rounds > 0 and self._rest.value > _MARGIN * self._speculation.value
+        are_known = self._rest.num_rounds > 0 and self._speculation.num_rounds > 0
+        is_better = are_known and self._rest.value > _MARGIN * self._speculation.value
         if self.is_resting and not (is_better and self._rest.num_rounds == self._trial):
             self.is_resting, self._left = False, self._trial
         elif is_better:
@@ -79,9 +86,14 @@ class _Level:
 
 
 class Resting:
-    """Decides round by round whether to rest."""
+    """Decides round by round whether to rest.
 
-    def __init__(self) -> None:
+    Args:
+        times: of the target's passes.
+    """
+
+    def __init__(self, times: StepTimes) -> None:
+        self._times = times
         self._levels: dict[int, _Level] = {}
         self._level = _Level(0)  # of this round
 
@@ -96,10 +108,16 @@ class Resting:
         return self._level.follows
 
     def begin_round(self, num_slots: int) -> bool:
-        """Whether a round of so many decoding slots, one at least, does without speculation."""
+        """Whether a round does without speculation.
+
+        Args:
+            num_slots: requests under way, one at least: those in prefill soon decode beside the others.
+        """
         size = round(math.log2(num_slots))
         if size not in self._levels:
-            self._levels[size] = _Level(size)
+            once, twice = self._times(np.array([num_slots, 2 * num_slots]))
+            is_dear = 2**size > _FEW_SLOTS and twice > (1.0 + _DEAR) * once
+            self._levels[size] = _Level(size, begins_at_rest=is_dear)
         self._level = self._levels[size]
         return self._level.is_resting
 

@@ -35,7 +35,7 @@ class Rule:
         return cls()
 
     def rests(self, num_slots: int) -> bool:
-        """Whether this round, of so many decoding slots, does without speculation; nothing else is asked of it then
+        """Whether this round, of so many requests under way, does without speculation; nothing else is asked of it then
         but `observe_round`."""
         return False
 

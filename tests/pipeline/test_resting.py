@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
+from pipeline.budget import StepTimes
 from pipeline.resting import Resting
+
+CHEAP = StepTimes((1, 64, 128), (0.04, 0.05, 0.06))  # rows cost little beside the pass
+DEAR = StepTimes((1, 64, 128), (0.04, 0.08, 0.12))  # twice the rows, half as long again
 
 
 def run(resting: Resting, num_rounds: int, speculation: float, rest: float, num_slots: int = 64) -> list[bool]:
@@ -16,11 +20,11 @@ def run(resting: Resting, num_rounds: int, speculation: float, rest: float, num_
 
 
 def test_speculation_that_clearly_pays_is_never_interrupted() -> None:
-    assert not any(run(Resting(), 2000, speculation=1.5, rest=0.99))
+    assert not any(run(Resting(CHEAP), 2000, speculation=1.5, rest=0.99))
 
 
 def test_speculation_that_loses_a_little_gives_way_and_is_tried_ever_more_rarely() -> None:
-    rested = run(Resting(), 20_000, speculation=0.94, rest=0.99)
+    rested = run(Resting(CHEAP), 20_000, speculation=0.94, rest=0.99)
     assert np.mean(rested[:1000]) > 0.85
     assert np.mean(rested) > 0.98
     assert not all(rested[10_000:])
@@ -29,17 +33,42 @@ def test_speculation_that_loses_a_little_gives_way_and_is_tried_ever_more_rarely
 @pytest.mark.parametrize(("num_slots", "latest"), [(16, 96), (40, 24), (64, 24)])
 def test_with_many_slots_rest_comes_within_a_batch(num_slots: int, latest: int) -> None:
     """A batch of 64 tokens a slot is over in 45 rounds, all of which a cold replica lost by drafting."""
-    rested = run(Resting(), 200, speculation=0.93, rest=0.99, num_slots=num_slots)
+    rested = run(Resting(CHEAP), 200, speculation=0.93, rest=0.99, num_slots=num_slots)
     assert np.mean(rested[latest:]) > 0.9
 
 
+@pytest.mark.parametrize(("num_slots", "times", "begins"), [(64, DEAR, True), (64, CHEAP, False), (16, DEAR, False)])
+def test_many_slots_begin_at_rest_where_rows_are_dear(num_slots: int, times: StepTimes, begins: bool) -> None:
+    """A cold batch of 40 prompts of 64 tokens lost a tenth by drafting before rest was tried."""
+    rested = run(Resting(times), 100, speculation=0.93, rest=0.99, num_slots=num_slots)
+    assert rested[0] == begins
+    assert all(rested) == begins
+
+
+@pytest.mark.parametrize(("speculation", "share"), [(0.93, 0.95), (1.3, 0.2)])
+def test_a_rest_from_the_beginning_is_left_where_speculation_pays(speculation: float, share: float) -> None:
+    rested = run(Resting(DEAR), 2000, speculation=speculation, rest=0.99)
+    assert all(rested[:100]) and not all(rested[100:200]), "it is tried all the same"
+    assert abs(np.mean(rested) - share) < 0.15
+
+
+def test_drafters_follow_before_the_first_trial_only() -> None:
+    resting = Resting(DEAR)
+    follows = []
+    for _ in range(140):
+        resting.begin_round(64)
+        follows.append(resting.follows)
+        resting.observe(60, 64)
+    assert not any(follows[:60]) and all(follows[70:])
+
+
 def test_rest_that_brings_less_is_tried_once() -> None:
-    rested = run(Resting(), 5000, speculation=1.05, rest=0.99)
+    rested = run(Resting(CHEAP), 5000, speculation=1.05, rest=0.99)
     assert 0 < sum(rested) < 50
 
 
 def test_speculation_is_taken_up_again_once_it_pays() -> None:
-    resting = Resting()
+    resting = Resting(CHEAP)
     run(resting, 500, speculation=0.9, rest=0.99)
     rested = run(resting, 2000, speculation=1.3, rest=0.99)
     assert not any(rested[1000:])
@@ -47,7 +76,7 @@ def test_speculation_is_taken_up_again_once_it_pays() -> None:
 
 @pytest.mark.parametrize("other", [1, 8, 24])
 def test_numbers_of_slots_are_judged_apart(other: int) -> None:
-    resting = Resting()
+    resting = Resting(CHEAP)
     run(resting, 1000, speculation=0.9, rest=0.99)
     assert np.mean(run(resting, 100, speculation=0.9, rest=0.99, num_slots=60)) > 0.7  # about as many
     assert not any(run(resting, 100, speculation=1.5, rest=0.99, num_slots=other))
