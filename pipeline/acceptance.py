@@ -8,7 +8,9 @@ decayed counts over a prior measured on recorded runs, so a job starts sensibly 
 import numpy as np
 from numba import njit
 
-from pipeline.tree import SOURCES, TokenTree
+from pipeline.forest import Forest
+from pipeline.tree import SOURCES
+from pipeline.verify import Outcome
 
 MAX_MATCH = 32
 MIN_VALUE = 0.02  # paths less likely than this are not worth carrying to the selection
@@ -32,17 +34,36 @@ class AcceptanceTable:
         self._trials = np.zeros_like(self._prior)
         self.rates = self._prior.astype(np.float32)
 
-    def observe(self, tree: TokenTree, choices: np.ndarray) -> None:
+    def observe(self, trees: Forest, outcome: Outcome) -> None:
         """Learns from one round.
 
         Args:
-            tree: all that was proposed, verified or not.
-            choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
+            trees: all that was proposed, verified or not.
         """
-        columns = (tree.tokens, tree.parents, tree.evidence, tree.matches, choices)
-        _count(*columns, self._hits, self._trials, _DECAY)
+        columns = (trees.tokens, trees.parents, trees.evidence, trees.matches, trees.begins)
+        _count_all(*columns, outcome.choices, outcome.begins, self._hits, self._trials, _DECAY)
         estimate = (self._hits + _PRIOR_WEIGHT * self._prior) / (self._trials + _PRIOR_WEIGHT)
         self.rates = estimate.astype(np.float32)
+
+
+@njit(cache=True, nogil=True)
+def _count_all(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    evidence: np.ndarray,
+    matches: np.ndarray,
+    begins: np.ndarray,
+    choices: np.ndarray,
+    choice_begins: np.ndarray,
+    hits: np.ndarray,
+    trials: np.ndarray,
+    decay: float,
+) -> None:
+    """`_count` for all trees of a forest."""
+    for tree in range(len(begins) - 1):
+        own = slice(begins[tree], begins[tree + 1])
+        along = choices[choice_begins[tree] : choice_begins[tree + 1]]
+        _count(tokens[own], parents[own], evidence[own], matches[own], along, hits, trials, decay)
 
 
 @njit(cache=True, nogil=True)

@@ -8,8 +8,10 @@ It can be 0. In a round with prefill, whose time is lost anyway, rows are priced
 from collections.abc import Sequence
 
 import numpy as np
+from numba import njit
 
-from pipeline.tree import TokenTree, path_values, prune
+from pipeline.forest import Forest
+from pipeline.tree import TokenTree
 
 _GRID = np.array([1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512])
 _SMOOTHING = 0.05
@@ -58,7 +60,7 @@ def select(
     times: StepTimes | None,
     other_rows: int = 0,
     other_seconds: float = 0.0,
-) -> list[TokenTree]:
+) -> Forest:
     """The nodes of each tree that this round verifies.
 
     Args:
@@ -68,30 +70,34 @@ def select(
         other_rows: rows this round computes anyway besides the decoding slots' roots (prefill).
         other_seconds: what this round takes anyway besides the forward pass (drafting, bookkeeping).
     """
-    values = [path_values(tree.parents, tree.scores) for tree in trees]
+    forest = Forest.of(trees)
+    if forest.num_nodes == 0:
+        return forest
+    values = forest.values()
     if budget is not None:
-        return [_best(tree, value, budget) for tree, value in zip(trees, values, strict=True)]
+        return forest.pruned(_best(values, forest.begins, budget))
     assert times is not None
-    if not any(len(tree) for tree in trees):
-        return list(trees)
-    joined = np.concatenate(values)
-    order = np.argsort(-joined, kind="stable")  # of equal nodes the parent comes first
-    ranked = joined[order]
+    order = np.argsort(-values, kind="stable")  # of equal nodes the parent comes first
+    ranked = values[order]
     nodes = np.arange(len(ranked) + 1)
-    tokens = len(trees) + np.concatenate([[0.0], np.cumsum(ranked)])
-    rates = tokens / (times(len(trees) + nodes) + other_seconds)
+    tokens = len(forest) + np.concatenate([[0.0], np.cumsum(ranked)])
+    rates = tokens / (times(len(forest) + nodes) + other_seconds)
     best = int(np.argmax(rates))
     if other_rows:  # prefill has to be paid in any case: a node must earn its own time at the rate of other rounds
-        best = int(np.argmax(tokens - rates[best] * times(other_rows + len(trees) + nodes)))
+        best = int(np.argmax(tokens - rates[best] * times(other_rows + len(forest) + nodes)))
     keep = np.zeros(len(ranked), np.bool_)
     keep[order[:best]] = True
-    ends = np.cumsum([len(tree) for tree in trees])[:-1]
-    return [prune(tree, part) for tree, part in zip(trees, np.split(keep, ends), strict=True)]
+    return forest.pruned(keep)
 
 
-def _best(tree: TokenTree, values: np.ndarray, budget: int) -> TokenTree:
-    if len(tree) <= budget:
-        return tree
-    keep = np.zeros(len(tree), np.bool_)
-    keep[np.argsort(-values, kind="stable")[:budget]] = True
-    return prune(tree, keep)
+@njit(cache=True, nogil=True)
+def _best(values: np.ndarray, begins: np.ndarray, budget: int) -> np.ndarray:
+    """[T] bool the `budget` likeliest nodes of each tree; of equal nodes the parent comes first."""
+    keep = np.ones(len(values), np.bool_)
+    for tree in range(len(begins) - 1):
+        begin, end = begins[tree], begins[tree + 1]
+        if end - begin > budget:
+            order = np.argsort(-values[begin:end], kind="mergesort")  # stable
+            for i in order[budget:]:
+                keep[begin + i] = False
+    return keep

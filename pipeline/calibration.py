@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-from pipeline.tree import SOURCES, TokenTree
+from pipeline.forest import Forest
+from pipeline.tree import SOURCES
+from pipeline.verify import Outcome
 
 _NUM_SOURCES = len(SOURCES)
 # A child: per source log of its estimate, that it proposed the child, that it proposed only siblings; then the draft's
@@ -55,23 +57,25 @@ class Calibration:
         self.weights = self._prior.copy()
         self._squares = np.full(NUM_WEIGHTS, _START, np.float32)
 
-    def scored(self, tree: TokenTree, is_sampled: bool) -> TokenTree:
-        """The tree with calibrated scores; siblings sum to less than one."""
-        if len(tree) == 0:
-            return tree
-        scores = probabilities(tree.parents, tree.evidence, is_sampled, self.weights)
-        return TokenTree(tree.tokens, tree.parents, scores, tree.evidence, tree.matches)
+    def scored(self, trees: Forest, is_sampled: np.ndarray) -> Forest:
+        """The trees with calibrated scores; siblings sum to less than one.
 
-    def observe(self, tree: TokenTree, choices: np.ndarray, is_sampled: bool) -> None:
+        Args:
+            is_sampled: [B] bool, whether the request of each tree is.
+        """
+        if trees.num_nodes == 0:
+            return trees
+        columns = (trees.parents, trees.evidence, trees.begins)
+        return trees.with_scores(_all_probabilities(*columns, is_sampled, self.weights))
+
+    def observe(self, trees: Forest, outcome: Outcome, is_sampled: np.ndarray) -> None:
         """Learns from one round.
 
         Args:
-            tree: all candidates, verified or not.
-            choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
+            trees: all candidates, verified or not; is_sampled: as in `scored`.
         """
-        if len(tree):
-            columns = (tree.tokens, tree.parents, tree.evidence, choices.astype(np.int32), is_sampled)
-            _learn(*columns, self.weights, self._squares, self._prior)
+        columns = (trees.tokens, trees.parents, trees.evidence, trees.begins, outcome.choices, outcome.begins)
+        _learn_all(*columns, is_sampled, self.weights, self._squares, self._prior)
 
 
 @njit(cache=True, nogil=True)
@@ -156,6 +160,39 @@ def probabilities(parents: np.ndarray, evidence: np.ndarray, is_sampled: bool, w
     for i in range(n):
         strengths[i] /= sums[parents[i] + 1]
     return strengths
+
+
+@njit(cache=True, nogil=True)
+def _all_probabilities(
+    parents: np.ndarray, evidence: np.ndarray, begins: np.ndarray, is_sampled: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """`probabilities` of all trees of a forest, [T]."""
+    shares = np.empty(len(parents), np.float32)
+    for tree in range(len(begins) - 1):
+        own = slice(begins[tree], begins[tree + 1])
+        shares[own] = probabilities(parents[own], evidence[own], is_sampled[tree], weights)
+    return shares
+
+
+@njit(cache=True, nogil=True)
+def _learn_all(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    evidence: np.ndarray,
+    begins: np.ndarray,
+    choices: np.ndarray,
+    choice_begins: np.ndarray,
+    is_sampled: np.ndarray,
+    weights: np.ndarray,
+    squares: np.ndarray,
+    prior: np.ndarray,
+) -> None:
+    """`_learn` from each tree in turn that has nodes and was verified."""
+    for tree in range(len(begins) - 1):
+        own = slice(begins[tree], begins[tree + 1])
+        along = choices[choice_begins[tree] : choice_begins[tree + 1]]
+        if begins[tree + 1] > begins[tree] and len(along):
+            _learn(tokens[own], parents[own], evidence[own], along, is_sampled[tree], weights, squares, prior)
 
 
 @njit(cache=True, nogil=True)

@@ -13,8 +13,9 @@ import numpy as np
 from numba import njit
 
 from pipeline.acceptance import MAX_MATCH, AcceptanceTable, score
+from pipeline.forest import Forest
 from pipeline.proposal import SlotView
-from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, prune
+from pipeline.tree import SOURCES
 
 _MAX_LINKS = 256
 _MAX_UNIGRAM_LINKS = 8
@@ -79,19 +80,19 @@ class ContextRetriever:
     def send(self, views: Sequence[SlotView]) -> None:
         """Nothing to wait for."""
 
-    def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
-        return [self._lookup(self._slots[view.slot], view.max_depth) for view in views]
-
-    def _lookup(self, index: _SlotIndex, max_depth: int) -> TokenTree:
-        if max_depth < 1 or index.length < 2:
-            return EMPTY_TREE
-        tokens, parents, weights, matches, sources = _candidates(
-            index.tokens, index.links, index.length, index.origin, min(max_depth, _MAX_DEPTH)
-        )
-        if len(tokens) == 0:
-            return EMPTY_TREE
-        scores, keep = score(parents, weights, matches, sources, self._acceptance.rates)
-        return prune(TokenTree.proposed(tokens, parents, scores, sources, matches), keep)
+    def lookup(self, views: Sequence[SlotView]) -> Forest:
+        room = len(views) * _MAX_NODES
+        tokens, parents, scores = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.float32)
+        sources, matches = np.empty(room, np.int8), np.empty(room, np.int16)
+        begins = np.zeros(len(views) + 1, np.int64)
+        end, rates = 0, self._acceptance.rates
+        for place, view in enumerate(views):
+            index, max_depth = self._slots[view.slot], min(view.max_depth, _MAX_DEPTH)
+            if max_depth >= 1 and index.length >= 2:
+                own = (index.tokens, index.links, index.length, index.origin)
+                end = _look_up(*own, max_depth, rates, tokens, parents, scores, sources, matches, end)
+            begins[place + 1] = end
+        return Forest.proposed(tokens[:end], parents[:end], scores[:end], sources[:end], matches[:end], begins)
 
 
 @njit(cache=True, nogil=True)
@@ -179,3 +180,32 @@ def _candidates(
                 matches[child] = max(matches[child], min(wanted + depth, MAX_MATCH))
                 node = child
     return tokens[:size], parents[:size], weights[:size], matches[:size], sources[:size]
+
+
+@njit(cache=True, nogil=True)
+def _look_up(
+    context: np.ndarray,
+    links: np.ndarray,
+    length: int,
+    origin: int,
+    max_depth: int,
+    rates: np.ndarray,
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    scores: np.ndarray,
+    sources: np.ndarray,
+    matches: np.ndarray,
+    begin: int,
+) -> int:
+    """Writes the scored candidates that are worth keeping from `begin` on; returns where they end."""
+    found, above, weights, lengths, origins = _candidates(context, links, length, origin, max_depth)
+    estimates, keep = score(above, weights, lengths, origins, rates)
+    place = np.empty(len(found), np.int32)
+    end = begin
+    for i in range(len(found)):
+        if keep[i]:
+            place[i] = end - begin
+            tokens[end], scores[end], sources[end], matches[end] = found[i], estimates[i], origins[i], lengths[i]
+            parents[end] = place[above[i]] if above[i] >= 0 else -1
+            end += 1
+    return end

@@ -4,14 +4,12 @@ Time is priced at the rate at which the replica has been emitting tokens (Dinkel
 maximises tokens - rate x seconds), so a level, a node and a round compete on one scale.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numba import njit
 
 from pipeline.budget import StepTimes
+from pipeline.forest import Forest
 from pipeline.resting import Resting
-from pipeline.tree import TokenTree, node_depths
 
 COVERED = np.array([0.05, 0.25, 0.5, 0.75, 0.9])  # bounds of the kinds of nodes: how surely retrieval goes on from them
 THRESHOLDS = np.linspace(0.0, 1.0, 21)
@@ -131,14 +129,15 @@ class Economy:
         worth: np.ndarray = self._gained / self._expected
         return worth
 
-    def observe_gain(self, expected: np.ndarray, gained: float) -> None:
-        """Drafting in one slot was expected to gain tokens beyond their rows' price, and gained so many.
+    def observe_gains(self, expected: np.ndarray, gained: np.ndarray) -> None:
+        """Drafting in some slots was expected to gain tokens beyond their rows' price, and gained so many.
 
         Args:
-            expected: [kinds] sums of `gains`; those of one slot at least are not 0.
+            expected: [n, kinds] sums of `gains`, in each slot not all 0; gained: [n].
         """
         believed = expected * np.maximum(self.worth, 0.1)
-        self._new += [expected, gained * believed / believed.sum()]
+        shares = believed / believed.sum(axis=1, keepdims=True)
+        self._new += [expected.sum(axis=0), gained @ shares]
 
     def options(self) -> np.ndarray:
         """[levels] what a level is worth for the levels that may follow it, as a share of its own gains."""
@@ -173,19 +172,14 @@ class Economy:
         self._drafting += seconds
         self.level_times.observe(num_rows, seconds)
 
-    def observe_trees(self, trees: Sequence[TokenTree], num_expanded: np.ndarray) -> None:
+    def observe_trees(self, trees: Forest, num_expanded: np.ndarray) -> None:
         """Learns what drafted children are worth from this round's fused and calibrated trees.
 
         Args:
             num_expanded: [levels] nodes that the draft model expanded; those of which no child is left were worth
                 nothing.
         """
-        sums = np.zeros_like(self.surplus)
-        counts = np.zeros(len(self.surplus))
-        seen = np.zeros(len(self.surplus))
-        for tree in trees:
-            if len(tree):
-                _surpluses(tree, sums, counts, seen)
+        sums, counts, seen = _surpluses(trees.parents, trees.scores, trees.evidence, trees.begins, len(self.surplus))
         counts += np.maximum(num_expanded - seen, 0)
         for level in np.flatnonzero(counts):
             weight = 1.0 - (1.0 - _SURPLUS_WEIGHT) ** min(counts[level], 8)
@@ -225,25 +219,59 @@ def net_tokens(tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray, choi
     return net
 
 
-def _surpluses(tree: TokenTree, sums: np.ndarray, counts: np.ndarray, seen: np.ndarray) -> None:
-    """Adds each expanded node's sum over drafted children of max(p - threshold, 0) to its level's row.
+@njit(cache=True, nogil=True)
+def net_tokens_of(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    scores: np.ndarray,
+    begins: np.ndarray,
+    choices: np.ndarray,
+    choice_begins: np.ndarray,
+    price: float,
+) -> np.ndarray:
+    """[B] `net_tokens` of all trees of a forest."""
+    nets = np.empty(len(begins) - 1)
+    for tree in range(len(nets)):
+        own = slice(begins[tree], begins[tree + 1])
+        along = choices[choice_begins[tree] : choice_begins[tree + 1]]
+        nets[tree] = net_tokens(tokens[own], parents[own], scores[own], along, price)
+    return nets
 
-    Args:
-        counts, seen: [levels] get the nodes that teach, and all that the tree shows to have been expanded.
+
+@njit(cache=True, nogil=True)
+def _surpluses(
+    parents: np.ndarray, scores: np.ndarray, evidence: np.ndarray, begins: np.ndarray, num_levels: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What expanded nodes of a forest teach.
+
+    Returns:
+        [levels, thresholds] sums over drafted children of max(p - threshold, 0), [levels] nodes that they come from,
+        and [levels] all that the trees show to have been expanded.
     """
-    drafted = tree.evidence[:, 0] > 0
-    retrieved = (tree.evidence[:, 1:] > 0).any(axis=1)
-    groups = tree.parents + 1
-    covered = np.bincount(groups[retrieved], tree.scores[retrieved], len(tree) + 1)
-    own = drafted & ~retrieved
-    share = np.maximum(1.0 - covered[groups[own]], 1e-3)
-    over = np.maximum(tree.scores[own, None] / share[:, None] - THRESHOLDS, 0.0)  # [children, thresholds]
-    depths = np.concatenate([[0], node_depths(tree.parents)])
-    expanded = np.unique(groups[drafted])
-    expanded = expanded[depths[expanded] < len(sums)]
-    np.add.at(seen, depths[expanded], 1)
-    teaches = expanded[covered[expanded] < _MOST_COVERED]
-    by_group = np.zeros((len(tree) + 1, len(THRESHOLDS)))
-    np.add.at(by_group, groups[own], over)
-    np.add.at(sums, depths[teaches], by_group[teaches])
-    np.add.at(counts, depths[teaches], 1)
+    sums = np.zeros((num_levels, len(THRESHOLDS)))
+    counts, seen = np.zeros(num_levels), np.zeros(num_levels)
+    for tree in range(len(begins) - 1):
+        first, size = begins[tree], begins[tree + 1] - begins[tree]
+        covered = np.zeros(size + 1)  # of the root and each node: its retrieved children's scores
+        is_expanded = np.zeros(size + 1, np.bool_)
+        levels = np.zeros(size + 1, np.int64)
+        is_own = np.zeros(size, np.bool_)
+        for i in range(size):
+            above = parents[first + i] + 1
+            levels[i + 1] = levels[above] + 1
+            is_retrieved = (evidence[first + i, 1:] > 0).any()
+            if is_retrieved:
+                covered[above] += scores[first + i]
+            if evidence[first + i, 0] > 0:
+                is_expanded[above] = True
+                is_own[i] = not is_retrieved
+        for node in range(size + 1):
+            if is_expanded[node] and levels[node] < num_levels:
+                seen[levels[node]] += 1
+                counts[levels[node]] += covered[node] < _MOST_COVERED
+        for i in range(size):
+            above = parents[first + i] + 1
+            if is_own[i] and levels[above] < num_levels and covered[above] < _MOST_COVERED:
+                share = max(1.0 - covered[above], 1e-3)
+                sums[levels[above]] += np.maximum(scores[first + i] / share - THRESHOLDS, 0.0)
+    return sums, counts, seen

@@ -15,21 +15,22 @@ import torch
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
 from pipeline.errors import JobError, RowError
+from pipeline.forest import Forest
 from pipeline.graphs import Graphs
 from pipeline.methods import Proposers
-from pipeline.pages import PagePool, pool_index
+from pipeline.pages import PagePool, moved_index
 from pipeline.phases import Phases
-from pipeline.proposal import Committed, FeatureDrafter, SlotView
+from pipeline.proposal import Committed, FeatureDrafter
 from pipeline.provenance import Recorder
 from pipeline.request import Generation, Request
 from pipeline.retrieval import Retrieval
 from pipeline.sampling import Choices, choose
-from pipeline.scheduler import MIN_CHUNK, Scheduler, Work
+from pipeline.scheduler import MIN_CHUNK, Scheduler, Work, num_rows_of
 from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
-from pipeline.tree import EMPTY_TREE, TokenTree
-from pipeline.verify import walk
+from pipeline.tree import TokenTree
+from pipeline.verify import Outcome, walk_forest
 
 _SMOOTHING = 0.1  # of a round in moving averages
 _MOST_PREFILL = 0.5  # of a round's rows, for it to teach what rounds take: with many slots few have none
@@ -94,7 +95,8 @@ class Engine:
         self._config = config
         self._times = times
         pool = PagePool(target.num_pages, target.cache.page_size)
-        self._proposed: dict[int, TokenTree] = {}  # by slot, this round's candidates
+        self._proposed = Forest.empty(0)  # this round's candidates
+        self._places: dict[int, int] = {}  # by slot, the place of its tree among them
         self._rests = False  # whether this round does without speculation
         self._emitted = 0  # tokens of this round
         self._overhead = 0.0  # seconds of a round's commit, lately
@@ -180,10 +182,11 @@ class Engine:
         self._scheduler.admit()
         decoding = self._scheduler.decoding()
         self._rests = self._rule.rests(len(self._scheduler.active))
-        self._proposed = dict(zip([slot.number for slot in decoding], self._propose(decoding), strict=True))
+        self._places = {slot.number: place for place, slot in enumerate(decoding)}
+        self._proposed = self._propose(decoding)
         with self.phases("select"):
             trees = self._select(self._clock() - begin)
-            work = self._scheduler.plan(dict(zip(self._proposed, trees, strict=True)))
+            work = self._scheduler.plan(dict(zip(self._places, trees, strict=True)))
         with self.phases("verify"):
             forward, choices = self._verify(work)
         with self.phases("commit"):
@@ -208,14 +211,14 @@ class Engine:
             torch.cuda.empty_cache()
         return [slot.generation() for slot in ended]
 
-    def _propose(self, decoding: Sequence[Slot]) -> list[TokenTree]:
+    def _propose(self, decoding: Sequence[Slot]) -> Forest:
         """What the method's rule makes of a draft and of what was retrieved, one tree a slot.
 
         Retrievers in other processes work while the draft model does.
         """
         if self._rests:
-            return [EMPTY_TREE] * len(decoding)
-        views = [self._view(slot) for slot in decoding]
+            return Forest.empty(len(decoding))
+        views = [slot.view() for slot in decoding]
         with self.phases("retrieve"):
             retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits)
         with self.phases("draft"):
@@ -225,34 +228,30 @@ class Engine:
         with self.phases("fuse"):
             return self._rule.join(views, draft, retrieved)
 
-    def _select(self, spent: float) -> list[TokenTree]:
+    def _select(self, spent: float) -> Forest:
         """The nodes that this round verifies, of what was proposed in `spent` seconds."""
-        trees = list(self._proposed.values())
         rows = self._scheduler.prefill_rows()
-        return select(trees, self._config.budget, self._times, rows, spent + self._overhead)
+        return select(self._proposed, self._config.budget, self._times, rows, spent + self._overhead)
 
     def _observe_round(self, work: Sequence[Work], seconds: float) -> None:
         """Learns what a round takes and brings, prefill left out."""
-        num_rows, num_prefill = _rows(work)
+        num_rows, num_prefill = num_rows_of(work)
         num_slots = sum(len(item.run.known) == 1 for item in work)
         if self._times is not None and num_slots and num_prefill <= _MOST_PREFILL * num_rows:
             whole, own = self._times(np.array([num_rows, num_rows - num_prefill]))
             self._rule.observe_round(num_slots, num_rows - num_prefill, self._emitted, seconds * float(own / whole))
 
-    def _view(self, slot: Slot) -> SlotView:
-        max_depth = slot.stop.max_new_tokens - slot.num_output - 1
-        return SlotView(slot.number, slot.known, max_depth, slot.request.params, slot.request.seed, slot.pages)
-
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         """One target forward pass over all runs and the target's choice after every node; times itself."""
         copies = self._scheduler.take_copies()
-        self._move([copies])
+        if len(copies[0]):
+            self.target.move(*copies)
         if self._reader is not None and len(copies[0]):
             self._reader.copy(*(torch.from_numpy(index).to(self.target.device) for index in copies))
         begin, num_captures = self._clock(), Graphs.num_captures
         forward = self.target.forward([item.run for item in work])
         choices = self._choose(work, forward)
-        num_rows, num_prefill = _rows(work)
+        num_rows, num_prefill = num_rows_of(work)
         is_usual = num_prefill <= _MOST_PREFILL * num_rows and Graphs.num_captures == num_captures
         if self._times is not None and is_usual:
             self._times.observe(num_rows, self._clock() - begin)
@@ -269,33 +268,31 @@ class Engine:
     def _commit(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[Generation]:
         """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
         began = self._clock()
-        self._emitted = 0
-        finished: list[Generation] = []
+        kept = self._emit_all(work, forward, choices)
         moves: list[tuple[np.ndarray, np.ndarray]] = []
         committed: list[Committed] = []
         state_rows: list[np.ndarray] = []
-        for i, (item, begin) in enumerate(zip(work, forward.begin, strict=True)):
-            slot, run = item.slot, item.run
-            accepted = np.empty(0, np.int32)
+        for i, item in enumerate(work):
+            slot, run, accepted = item.slot, item.run, kept[i]
             if self._reader is not None and self._rests and slot.is_followed and not self._rule.follows:
                 slot.is_followed = False
                 self._reader.release(slot.number)
-            if begin < 0:
-                slot.cached += len(run.known)
-            else:
-                accepted = self._emit(slot, run.tree, choices, begin)
-                moves.append(self._keep(slot, run.cached + len(run.known), accepted))
-                slot.cached += len(run.known) + len(accepted)
+            if len(accepted) and accepted[-1] != len(accepted) - 1:
+                root_end, size = run.cached + len(run.known), self.target.cache.page_size
+                moves.append(moved_index(slot.pages, root_end, accepted, size))
+            slot.cached += len(run.known) + len(accepted)
             if forward.states is not None and slot.is_followed:
                 rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
                 tokens = slot.known[run.cached : run.cached + len(rows)]
                 committed.append(Committed(slot.number, slot.pages, run.cached, tokens))
                 state_rows.append(forward.state_begin[i] + rows)
             self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
-        self._move(moves)
+        if moves:
+            self.target.move(*(np.concatenate(indices) for indices in zip(*moves, strict=True)))
         if self._reader is not None and forward.states is not None and committed:
             index = torch.from_numpy(np.concatenate(state_rows)).to(self.target.device)
             self._reader.commit(committed, forward.states[index])
+        finished: list[Generation] = []
         for item in work:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
@@ -303,46 +300,46 @@ class Engine:
         self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
         return finished
 
-    def _emit(self, slot: Slot, tree: TokenTree, choices: Choices, begin: int) -> np.ndarray:
-        """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A]."""
-        is_round = slot.num_output > 0
-        token_ids = choices.token_ids[begin : begin + len(tree) + 1]
-        accepted = walk(tree.tokens, tree.parents, token_ids)
-        length = slot.length
-        for row in [0, *(accepted + 1).tolist()]:
-            logprob = None if choices.logprobs is None else float(choices.logprobs[begin + row])
-            slot.append(int(token_ids[row]), logprob)
-            if slot.finish_reason is not None:
-                break
-        kept = accepted[: slot.length - length]
-        self._emitted += slot.length - length
+    def _emit_all(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[np.ndarray]:
+        """Appends the round's tokens to all slots, and learns from them; returns the nodes kept of each, [A]."""
+        self._emitted = 0
+        none = np.empty(0, np.int32)
+        emitting = [i for i, begin in enumerate(forward.begin) if begin >= 0]
+        rows = np.array([forward.begin[i] for i in emitting], np.int64)
+        verified = Forest.of([work[i].run.tree for i in emitting])
+        accepted, outcome = walk_forest(verified, choices.token_ids, rows)
+        shown = [none] * len(self._proposed)
+        kept = [none] * len(work)
+        for place, i in enumerate(emitting):
+            slot = work[i].slot
+            # A slot that gave way and computes its tokens again was no part of what was proposed.
+            if slot.num_output > 0 and (proposed := self._places.get(slot.number)) is not None:
+                shown[proposed] = outcome[place]
+            kept[i] = self._emit(slot, work[i].run.tree, accepted[place], outcome[place], forward.begin[i], choices)
+        if not self._rests:
+            shown_all = Outcome.of(shown)
+            self._acceptance.observe(self._proposed, shown_all)
+            self._rule.observe(self._proposed, shown_all)
+        return kept
+
+    def _emit(
+        self, slot: Slot, tree: TokenTree, accepted: np.ndarray, along: np.ndarray, begin: int, choices: Choices
+    ) -> np.ndarray:
+        """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A].
+
+        Args:
+            along: [A + 1] the tokens; begin: row of the root's choice.
+        """
+        is_round, length = slot.num_output > 0, slot.length
+        logprobs = None if choices.logprobs is None else choices.logprobs[begin + np.array([0, *(accepted + 1)])]
+        slot.extend(along, logprobs)
+        new = slot.tokens[length : slot.length]
+        kept = accepted[: len(new)]
+        self._emitted += len(new)
         if is_round:
             slot.count_round(tree, kept)
         if self.recorder is not None:
-            new = slot.tokens[length : slot.length]
             self.recorder.emitted(slot.request.request_id, slot.rounds, tree, accepted, new)
-        if is_round and not self._rests:
-            proposed, along = self._proposed.get(slot.number, EMPTY_TREE), token_ids[[0, *(accepted + 1).tolist()]]
-            self._acceptance.observe(proposed, along)
-            self._rule.observe(slot.number, proposed, along, slot.request.params)
         for retriever in self._retrievers:
-            retriever.extend(slot.number, slot.tokens[length : slot.length])
-        return kept[: slot.length - length - 1] if slot.finish_reason is None else kept[:0]
-
-    def _keep(self, slot: Slot, root_end: int, accepted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where accepted nodes lie in the cache and where they belong, as token indices of the pool, [A] each."""
-        size = self.target.cache.page_size
-        target = np.arange(len(accepted))
-        moved = accepted != target
-        source = root_end + accepted[moved].astype(np.int64)
-        return pool_index(slot.pages, source, size), pool_index(slot.pages, root_end + target[moved], size)
-
-    def _move(self, moves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        if moves and sum(len(source) for source, _ in moves):
-            self.target.move(*(np.concatenate(indices) for indices in zip(*moves, strict=True)))
-
-
-def _rows(work: Sequence[Work]) -> tuple[int, int]:
-    """Rows of a round's pass, and how many of them belong to slots in prefill."""
-    prefill = sum(len(item.run) for item in work if len(item.run.known) > 1)
-    return sum(len(item.run) for item in work), prefill
+            retriever.extend(slot.number, new)
+        return kept[: len(new) - 1] if slot.finish_reason is None else kept[:0]

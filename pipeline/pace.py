@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
+from numba import njit
 
 from pipeline.draft_tree import GrowingTree
-from pipeline.economy import COVERED, Economy, net_tokens
+from pipeline.economy import COVERED, Economy, net_tokens_of
+from pipeline.forest import Forest
 from pipeline.tree import TokenTree, places_in
+from pipeline.verify import Outcome
 
 
 class Pace(Protocol):
@@ -54,7 +57,6 @@ class EconomicPace:
     """One round's pace: a level takes the nodes whose gain is more than their share of the level's time.
 
     Attributes:
-        retrieved: what is known of each view's retrieved tree, calibrated.
         num_expanded: [levels] nodes that were chosen so far.
         gains, nets: [levels] what they are worth in tokens, and what is left of that beyond the level's time.
 
@@ -73,7 +75,7 @@ class EconomicPace:
         newly_found: Callable[[], Sequence[TokenTree] | None] = lambda: None,
     ) -> None:
         self._economy = economy
-        self.retrieved = retrieved
+        self.learn(retrieved)
         self._newly_found = newly_found
         self._explored = economy.begin_round(len(retrieved))
         self._rate = economy.rate(len(retrieved))
@@ -81,16 +83,21 @@ class EconomicPace:
         self.num_expanded = np.zeros(len(economy.surplus))
         self.gains = np.zeros(len(economy.surplus))
         self.nets = np.zeros(len(economy.surplus))
-        self._expected = np.zeros((len(retrieved), len(economy.worth)))  # by view and kind, see `Economy.observe_gain`
+        self._expected = np.zeros((len(retrieved), len(economy.worth)))  # by view and kind, see `Economy.observe_gains`
+
+    def learn(self, retrieved: Sequence[TokenTree]) -> None:
+        """More was retrieved: all that is known of it now, calibrated, one tree a view."""
+        self._retrieved = Forest.of(retrieved)
+        self._covered = _covered(self._retrieved.parents, self._retrieved.scores, self._retrieved.begins)
 
     def expand(self, level: int, trees: Mapping[int, GrowingTree]) -> Mapping[int, np.ndarray]:
         if not trees:
             return {}
         if level and (found := self._newly_found()) is not None:
-            self.retrieved = found
+            self.learn(found)
         sizes = [len(tree.frontier) for tree in trees.values()]
         values = np.concatenate([tree.frontier_values for tree in trees.values()])
-        kinds = np.searchsorted(COVERED, np.concatenate([self._covered(i, tree) for i, tree in trees.items()]))
+        kinds = np.searchsorted(COVERED, np.concatenate([self._covered_of(i, tree) for i, tree in trees.items()]))
         alone = self._economy.gains(level, values, self._row_tokens)
         gains = alone * self._economy.worth[kinds]
         order = np.argsort(-gains, kind="stable")
@@ -108,33 +115,61 @@ class EconomicPace:
             chosen[self._explored][:] = True  # in `keep`, too
         views = np.repeat(np.fromiter(trees, np.int64, len(trees)), sizes)
         np.add.at(self._expected, (views[keep], kinds[keep]), alone[keep])
-        self.num_expanded[level] = sum(part.sum() for part in chosen.values())
+        self.num_expanded[level] = keep.sum()
         return {index: part for index, part in chosen.items() if part.any()}
 
     def took(self, num_rows: int, seconds: float) -> None:
         self._economy.observe_level(num_rows, seconds)
 
-    def observe(self, index: int, tree: TokenTree, choices: np.ndarray) -> None:
-        """What became of a view's fused tree: what drafting gained, against the retrieved tree alone.
-
-        Args:
-            choices: [A + 1] the target's choices along the accepted path.
-        """
-        if self._expected[index].any():
-            with_draft, without = (
-                net_tokens(each.tokens, each.parents, each.scores, choices, self._row_tokens)
-                for each in (tree, self.retrieved[index])
+    def observe(self, trees: Forest, outcome: Outcome) -> None:
+        """What became of the views' fused trees: what drafting gained, against the retrieved trees alone."""
+        drafted = np.flatnonzero(self._expected.any(axis=1) & (np.diff(outcome.begins) > 0))
+        if not len(drafted):
+            return
+        with_draft, without = (
+            net_tokens_of(
+                *(each.tokens, each.parents, each.scores, each.begins, outcome.choices, outcome.begins),
+                self._row_tokens,
             )
-            self._economy.observe_gain(self._expected[index], with_draft - without)
+            for each in (trees, self._retrieved)
+        )
+        self._economy.observe_gains(self._expected[drafted], (with_draft - without)[drafted])
 
-    def _covered(self, index: int, tree: GrowingTree) -> np.ndarray:
+    def _covered_of(self, view: int, tree: GrowingTree) -> np.ndarray:
         """[F] probability that something retrieved goes on rightly from each node of the frontier, given the node."""
-        found = self.retrieved[index]
-        if len(found) == 0:
-            return np.zeros(len(tree.frontier))
-        covered = np.zeros(len(found) + 1)
-        np.add.at(covered, found.parents + 1, found.scores)
-        if len(tree.tokens) == 0:  # the root
-            return covered[:1]
-        places = places_in(found.tokens, found.parents, tree.tokens, tree.parents)[tree.frontier + 1]
-        return np.where(places >= -1, covered[np.maximum(places, -1) + 1], 0.0)
+        found = self._retrieved
+        begin, end = int(found.begins[view]), int(found.begins[view + 1])
+        covered = self._covered[begin + view : end + view + 1]
+        if begin == end or len(tree.tokens) == 0:  # nothing, or the root alone
+            return np.repeat(covered[:1], len(tree.frontier)) if begin < end else np.zeros(len(tree.frontier))
+        nodes = found.tokens[begin:end], found.parents[begin:end]
+        return _covered_at(*nodes, covered, tree.tokens, tree.parents, tree.frontier)
+
+
+@njit(cache=True, nogil=True)
+def _covered(parents: np.ndarray, scores: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """[T + B] sum of the scores of the children of each tree's root and of each of its nodes, tree by tree."""
+    covered = np.zeros(len(parents) + len(begins) - 1)
+    for tree in range(len(begins) - 1):
+        for i in range(begins[tree], begins[tree + 1]):
+            covered[begins[tree] + tree + parents[i] + 1] += scores[i]
+    return covered
+
+
+@njit(cache=True, nogil=True)
+def _covered_at(
+    found_tokens: np.ndarray,
+    found_parents: np.ndarray,
+    covered: np.ndarray,
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    frontier: np.ndarray,
+) -> np.ndarray:
+    """What `covered` says of the found node with the same path as each node of the frontier, 0 where there is none."""
+    places = places_in(found_tokens, found_parents, tokens, parents)
+    found = np.zeros(len(frontier))
+    for i in range(len(frontier)):
+        place = places[frontier[i] + 1]
+        if place >= -1:
+            found[i] = covered[place + 1]
+    return found

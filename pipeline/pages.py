@@ -181,6 +181,18 @@ def pool_index(run: PageRun, places: np.ndarray, page_size: int) -> np.ndarray:
     return index
 
 
+def moved_index(run: PageRun, begin: int, accepted: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where accepted nodes of a tree lie in the pool and where they belong, token indices [n] int64 each.
+
+    Args:
+        begin: place of the tree's first node in the sequence; accepted: [A] ascending, those in place are left out.
+    """
+    places = np.arange(len(accepted))
+    moved = accepted != places
+    source = begin + accepted[moved].astype(np.int64)
+    return pool_index(run, source, page_size), pool_index(run, begin + places[moved], page_size)
+
+
 def block_table(runs: Sequence[PageRun]) -> np.ndarray:
     """[S, B] int32 page ids, padded with 0."""
     width = max((len(run.pages) for run in runs), default=0)

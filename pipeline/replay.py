@@ -330,5 +330,5 @@ class ReplayEngine(Engine):
         said = choices_along(item.run.tree, self._recording.outputs[slot.request.request_id][slot.num_output :])
         if slot.num_output and self._on_round is not None:
             along = np.array([token for token in said if token >= 0])
-            self._on_round(self._proposed[slot.number], item.run.tree, along, slot.request.params)
+            self._on_round(self._proposed[self._places[slot.number]], item.run.tree, along, slot.request.params)
         return said

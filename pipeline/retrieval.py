@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from pipeline.forest import Forest, fuse_forests
 from pipeline.proposal import Retriever, SlotView
-from pipeline.tree import EMPTY_TREE, TokenTree, fuse
 
 
 class Retrieval:
@@ -21,7 +21,7 @@ class Retrieval:
             retriever.send(views)
         self._views = views
         self._pending = list(retrievers)
-        self.trees = [EMPTY_TREE] * len(views)
+        self.trees = Forest.empty(len(views))
         if waits:
             self.finish()
         else:
@@ -33,7 +33,7 @@ class Retrieval:
         self._take(ready)
         return bool(ready)
 
-    def finish(self) -> list[TokenTree]:
+    def finish(self) -> Forest:
         """Waits for the answers that are missing; returns the trees."""
         self._take(list(self._pending))
         return self.trees
@@ -41,4 +41,4 @@ class Retrieval:
     def _take(self, retrievers: Sequence[Retriever]) -> None:
         for retriever in retrievers:
             self._pending.remove(retriever)
-            self.trees = [fuse(pair) for pair in zip(self.trees, retriever.lookup(self._views), strict=True)]
+            self.trees = fuse_forests([self.trees, Forest.of(retriever.lookup(self._views))])

@@ -9,11 +9,12 @@ import torch
 
 from pipeline.calibration import Calibration
 from pipeline.economy import Economy
+from pipeline.forest import Forest, fuse_forests
 from pipeline.pace import EconomicPace, FullPace, Pace
 from pipeline.proposal import Draft, SlotView
-from pipeline.request import SamplingParams
 from pipeline.retrieval import Retrieval
-from pipeline.tree import EMPTY_TREE, TokenTree, fuse, path_values, prune
+from pipeline.tree import EMPTY_TREE, TokenTree, path_values, prune
+from pipeline.verify import Outcome
 
 
 class Rule:
@@ -48,16 +49,12 @@ class Rule:
         """How far the draft model goes this round, of which not all may be retrieved yet."""
         return FullPace()
 
-    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         """The tree of each view."""
-        return [fuse(trees) for trees in zip(draft.trees, retrieved, strict=True)]
+        return fuse_forests([Forest.of(draft.trees), retrieved])
 
-    def observe(self, slot: int, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
-        """What became of the tree that `join` made for a slot.
-
-        Args:
-            choices: [A + 1] the target's choices along the accepted path: its tokens, then the bonus.
-        """
+    def observe(self, trees: Forest, outcome: Outcome) -> None:
+        """What became of the trees that `join` made."""
 
     def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A round without prefill verified so many rows and emitted so many tokens."""
@@ -77,10 +74,10 @@ class FixedPruning(Rule):
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         return FullPace(reads_root=True)
 
-    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         if draft.root_logprobs is not None:
             rows = zip(retrieved, draft.root_logprobs, strict=True)
-            retrieved = [self._pruned(tree, logprobs) for tree, logprobs in rows]
+            retrieved = Forest.of([self._pruned(tree, logprobs) for tree, logprobs in rows])
         return Rule.join(self, views, draft, retrieved)
 
     def _pruned(self, tree: TokenTree, logprobs: torch.Tensor) -> TokenTree:
@@ -107,9 +104,9 @@ class Switch(Rule):
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         return FullPace(wanted=frozenset(i for i, tree in enumerate(retrieval.trees) if not self._is_long(tree)))
 
-    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         pairs = zip(draft.trees, retrieved, strict=True)
-        return [chain_of(found) if self._is_long(found) else tree for tree, found in pairs]
+        return Forest.of([chain_of(found) if self._is_long(found) else tree for tree, found in pairs])
 
     def _is_long(self, retrieved: TokenTree) -> bool:
         top = retrieved.parents < 0
@@ -127,8 +124,8 @@ class Calibrated(Rule):
         self._economy = economy
         self._calibration = calibration or Calibration()
         self._pace: EconomicPace | None = None  # of this round
-        self._views: dict[int, int] = {}  # by slot, the place of its view in it
-        self._found: Sequence[TokenTree] = ()  # what the pace knows of what is retrieved
+        self._is_sampled = np.empty(0, np.bool_)  # by view
+        self._found = Forest.empty(0)  # what the pace knows of what is retrieved
 
     @classmethod
     def for_engine(cls, economy: Economy | None) -> "Rule":
@@ -142,43 +139,40 @@ class Calibrated(Rule):
         return self._economy is None or self._economy.resting.follows
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        self._is_sampled = np.array([not view.params.is_greedy for view in views], np.bool_)
         if self._economy is None:
             return FullPace()
 
-        self._views = {view.slot: index for index, view in enumerate(views)}
-
-        def newly_found() -> list[TokenTree] | None:
+        def newly_found() -> Forest | None:
             if not retrieval.poll():
                 return None
             self._found = retrieval.trees
-            return self._scored(views, retrieval.trees)
+            return self._scored(retrieval.trees)
 
         self._found = retrieval.trees
-        self._pace = EconomicPace(self._economy, self._scored(views, retrieval.trees), newly_found)
+        self._pace = EconomicPace(self._economy, self._scored(retrieval.trees), newly_found)
         return self._pace
 
-    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
-        trees = self._scored(views, Rule.join(self, views, draft, retrieved))
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
+        trees = self._scored(Rule.join(self, views, draft, retrieved))
         if self._economy is not None and self._pace is not None:
             if retrieved is not self._found and self._pace.num_expanded.any():
-                self._pace.retrieved = self._scored(views, retrieved)
+                self._pace.learn(self._scored(retrieved))
             self._economy.observe_trees(trees, self._pace.num_expanded)
             self._economy.observe_levels(self._pace.gains, self._pace.nets)
         return trees
 
-    def observe(self, slot: int, tree: TokenTree, choices: np.ndarray, params: SamplingParams) -> None:
-        # A slot that gave way and computes its tokens again was no part of the round's drafting.
-        if self._pace is not None and (index := self._views.get(slot)) is not None:
-            self._pace.observe(index, tree, choices)
-        self._calibration.observe(tree, choices, not params.is_greedy)
+    def observe(self, trees: Forest, outcome: Outcome) -> None:
+        if self._pace is not None:
+            self._pace.observe(trees, outcome)
+        self._calibration.observe(trees, outcome, self._is_sampled)
 
     def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         if self._economy:
             self._economy.observe_round(num_slots, num_rows, num_tokens, seconds)
 
-    def _scored(self, views: Sequence[SlotView], trees: Sequence[TokenTree]) -> list[TokenTree]:
-        pairs = zip(views, trees, strict=True)
-        return [self._calibration.scored(tree, not view.params.is_greedy) for view, tree in pairs]
+    def _scored(self, trees: Forest) -> Forest:
+        return self._calibration.scored(trees, self._is_sampled)
 
 
 def chain_of(tree: TokenTree) -> TokenTree:

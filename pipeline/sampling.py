@@ -51,14 +51,15 @@ def choose(logits: torch.Tensor, rows: Sequence[ChoiceRow]) -> Choices:
 
     Args:
         logits: [M, V] of the target, any float dtype; not modified.
-        rows: M rows; `rows[i]` says how row i is chosen.
+        rows: M rows; `rows[i]` says how row i is chosen. Rows may be one object.
     """
-    if all(row.params.is_greedy and row.seen is None for row in rows):
+    distinct = {id(row): row for row in rows}.values()
+    if all(row.params.is_greedy and row.seen is None for row in distinct):
         token_ids = logits.argmax(dim=-1)
     else:
         token_ids = perturbed_scores(logits, rows).argmax(dim=-1)
     logprobs = None
-    if any(row.params.logprobs for row in rows):
+    if any(row.params.logprobs for row in distinct):
         scores = logits.float()
         chosen = scores.gather(1, token_ids[:, None])[:, 0]
         logprobs = (chosen - scores.logsumexp(dim=-1)).cpu().numpy()

@@ -207,3 +207,9 @@ class Scheduler:
     def _evict_pages(self, slot: Slot) -> None:
         self.pool.release(slot.pages)
         slot.cached = 0
+
+
+def num_rows_of(work: Sequence[Work]) -> tuple[int, int]:
+    """Rows of a round's pass, and how many of them belong to slots in prefill."""
+    prefill = sum(len(item.run) for item in work if len(item.run.known) > 1)
+    return sum(len(item.run) for item in work), prefill

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from numba import njit
 
 from pipeline.acceptance import MAX_MATCH, AcceptanceTable, score
+from pipeline.forest import Forest, fuse_forests
 from pipeline.lookup import Lookup
 from pipeline.proposal import SlotView
-from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, fuse, node_depths, path_values, prune
+from pipeline.tree import SOURCES, node_depths
 
 
 class Searcher(Protocol):
@@ -62,42 +64,61 @@ class SearchRetriever:
     def is_ready(self) -> bool:
         return all(searcher.is_ready for searcher in self._searchers)
 
-    def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:
-        if not views:
-            return []
-        found = [self._trees(source, lookup) for source, lookup in self._receive()]
-        if not found:
-            return [EMPTY_TREE] * len(views)
-        return [fuse(trees) for trees in zip(*found, strict=True)]
+    def lookup(self, views: Sequence[SlotView]) -> Forest:
+        found = [self._trees(source, lookup) for source, lookup in self._receive()] if views else []
+        return fuse_forests(found) if found else Forest.empty(len(views))
 
-    def _trees(self, source: str, lookup: Lookup) -> list[TokenTree]:
+    def _trees(self, source: str, lookup: Lookup) -> Forest:
         return trees_of(source, lookup, self._acceptance.rates, self._vocab_size)
 
     def _receive(self) -> list[tuple[str, Lookup]]:
         return [item for searcher in self._searchers for item in searcher.receive().items()]
 
 
-def trees_of(source: str, lookup: Lookup, rates: np.ndarray, vocab_size: int) -> list[TokenTree]:
+def trees_of(source: str, lookup: Lookup, rates: np.ndarray, vocab_size: int) -> Forest:
     """One scored tree for each context of a lookup.
 
     Args:
         rates: see `AcceptanceTable`.
         vocab_size: of the target; a tokenizer may have ids that it has not, whose nodes are left out.
     """
-    sources = np.full(len(lookup.tokens), SOURCES.index(source), np.int8)
     # Copies: what Ray delivers is read-only, for which everything would be compiled once more.
-    tokens, all_parents = np.array(lookup.tokens, np.int32), np.array(lookup.parents, np.int32)
-    counts = np.array(lookup.counts, np.float32)
-    trees = []
-    for length, begin, end in zip(lookup.match_lengths, lookup.offsets[:-1], lookup.offsets[1:], strict=True):
-        if begin == end:
-            trees.append(EMPTY_TREE)
-            continue
-        part = slice(begin, end)
-        parents = all_parents[part]
-        matches = np.minimum(length + node_depths(parents) - 1, MAX_MATCH).astype(np.int16)
-        scores, keep = score(parents, counts[part], matches, sources[part], rates)
-        if (tokens[part] >= vocab_size).any():
-            keep &= path_values(parents, (tokens[part] < vocab_size).astype(np.float32)) > 0
-        trees.append(prune(TokenTree.proposed(tokens[part], parents, scores, sources[part], matches), keep))
-    return trees
+    tokens, parents = np.array(lookup.tokens, np.int32), np.array(lookup.parents, np.int32)
+    counts, match_lengths = np.array(lookup.counts, np.float32), np.array(lookup.match_lengths, np.int32)
+    columns = (tokens, parents, counts, match_lengths, np.array(lookup.offsets, np.int64))
+    return Forest.proposed(*_trees_of(*columns, SOURCES.index(source), rates, vocab_size))
+
+
+@njit(cache=True, nogil=True)
+def _trees_of(
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    counts: np.ndarray,
+    match_lengths: np.ndarray,
+    offsets: np.ndarray,
+    source: int,
+    rates: np.ndarray,
+    vocab_size: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, parents, scores, sources, match lengths and begins of a forest."""
+    n = len(tokens)
+    new_parents, scores = np.empty(n, np.int32), np.empty(n, np.float32)
+    matches, sources = np.empty(n, np.int16), np.full(n, source, np.int8)
+    keep, place = np.zeros(n, np.bool_), np.empty(n, np.int32)
+    begins = np.zeros_like(offsets)
+    for tree in range(len(match_lengths)):
+        begin, end = offsets[tree], offsets[tree + 1]
+        own = slice(begin, end)
+        matches[own] = np.minimum(match_lengths[tree] + node_depths(parents[own]) - 1, MAX_MATCH)
+        scores[own], keep[own] = score(parents[own], counts[own], matches[own], sources[own], rates)
+        size = 0
+        for i in range(begin, end):
+            parent = parents[i]
+            keep[i] = keep[i] and tokens[i] < vocab_size and (parent < 0 or keep[begin + parent])
+            if keep[i]:
+                place[i] = size
+                new_parents[i] = place[begin + parent] if parent >= 0 else -1
+                size += 1
+        begins[tree + 1] = begins[tree] + size
+    kept = np.flatnonzero(keep)
+    return tokens[kept], new_parents[kept], scores[kept], sources[kept], matches[kept], begins

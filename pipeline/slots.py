@@ -7,10 +7,11 @@ import numpy as np
 
 from pipeline.noise import position_key
 from pipeline.pages import PageRun
+from pipeline.proposal import SlotView
 from pipeline.request import FinishReason, Generation, Request
 from pipeline.sampling import ChoiceRow
 from pipeline.stopping import StopCheck
-from pipeline.tree import SOURCES, TokenTree, node_depths
+from pipeline.tree import SOURCES, TokenTree, node_depths, surest_sources
 
 
 @dataclass(slots=True)
@@ -73,19 +74,27 @@ class Slot:
     def is_decoding(self) -> bool:
         return self.num_pending == 1
 
-    def append(self, token: int, logprob: float | None) -> None:
-        """Adds an output token and decides whether it is the last."""
-        if self.length == len(self.tokens):
+    def extend(self, tokens: np.ndarray, logprobs: np.ndarray | None) -> None:
+        """Adds output tokens, [n] integers, up to the first that ends the output."""
+        while self.length + len(tokens) > len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
-        self.tokens[self.length] = token
-        self.length += 1
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        self.finish_reason = self.stop(self.output)
+        begin, end = self.length, self.length + len(tokens)
+        self.tokens[begin:end] = tokens
+        num_new, self.finish_reason = self.stop(self.tokens[len(self.request.prompt_ids) : end], len(tokens))
+        self.length = begin + num_new
+        if logprobs is not None:
+            self.logprobs += logprobs[:num_new].tolist()
+
+    def view(self) -> SlotView:
+        """What proposers may know of it in this round."""
+        max_depth = self.stop.max_new_tokens - self.num_output - 1
+        return SlotView(self.number, self.known, max_depth, self.request.params, self.request.seed, self.pages)
 
     def choice_rows(self, tree: TokenTree) -> list[ChoiceRow]:
         """How the token after the root, and after each node of `tree`, is chosen: [len(tree) + 1]."""
         params = self.request.params
+        if params.is_greedy and params.repetition_penalty == 1.0:
+            return [ChoiceRow(params)] * (len(tree) + 1)
         depths = [0, *node_depths(tree.parents).tolist()]
         seen: list[np.ndarray | None] = [None] * len(depths)
         if params.repetition_penalty != 1.0:
@@ -103,7 +112,8 @@ class Slot:
         self.rounds += 1
         self.drafted += len(tree)
         self.rounds_without_draft += len(tree) == 0
-        self.accepted.update(SOURCES[source] for source in tree.sources[kept])
+        if len(kept):
+            self.accepted.update(SOURCES[source] for source in surest_sources(tree.evidence[kept]).tolist())
 
     def generation(self) -> Generation:
         """The finished request."""

@@ -31,13 +31,21 @@ class StopCheck:
         self._decoder = decoder
         self._longest_stop = max((len(stop.encode()) for stop in params.stop), default=0)  # a token is at least a byte
 
-    def __call__(self, output: np.ndarray) -> FinishReason | None:
-        """The reason to stop after `output` ([n] int32 token ids, the newest last), or None."""
-        if int(output[-1]) in self._stop_ids:
-            return "stop"
-        if self._params.stop and self._ends_in_stop_string(output):
-            return "stop"
-        return "length" if len(output) >= self.max_new_tokens else None
+    def __call__(self, output: np.ndarray, num_new: int = 1) -> tuple[int, FinishReason | None]:
+        """How many of the newest tokens belong to the output, and why it ends behind them; None if it does not.
+
+        Args:
+            output: [n] int32 token ids, the newest last; those before the newest `num_new` did not end it.
+        """
+        before = len(output) - num_new
+        for count, token in enumerate(output[before:].tolist(), 1):
+            if token in self._stop_ids:
+                return count, "stop"
+            if self._params.stop and self._ends_in_stop_string(output[: before + count]):
+                return count, "stop"
+            if before + count >= self.max_new_tokens:
+                return count, "length"
+        return num_new, None
 
     def text(self, output: np.ndarray) -> str:
         """The output's text, cut before the first stop string."""

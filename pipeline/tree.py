@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 SOURCES = ("draft", "context", "passages", "corpus", "live")
-_LEAST = np.float32(1e-6)  # evidence of a node that its source thinks impossible: it was proposed all the same
+LEAST_EVIDENCE = np.float32(1e-6)  # evidence of a node that its source thinks impossible: it was proposed all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,7 @@ class TokenTree:
     @property
     def sources(self) -> np.ndarray:
         """[N] int8 index into `SOURCES`: the source that is surest of the node, the first of equals."""
-        surest: np.ndarray = self.evidence.argmax(axis=1).astype(np.int8)
-        return surest
+        return surest_sources(self.evidence)
 
     @staticmethod
     def proposed(
@@ -54,7 +53,7 @@ class TokenTree:
         """
         rows = np.arange(len(tokens))
         evidence = np.zeros((len(tokens), len(SOURCES)), np.float32)
-        evidence[rows, sources] = np.maximum(scores, _LEAST)
+        evidence[rows, sources] = np.maximum(scores, LEAST_EVIDENCE)
         lengths = np.zeros((len(tokens), len(SOURCES)), np.int16)
         lengths[rows, sources] = matches
         return TokenTree(tokens, parents, scores, evidence, lengths)
@@ -71,6 +70,12 @@ class TokenTree:
             np.full(len(tokens), SOURCES.index(source), np.int8),
             np.zeros(len(tokens), np.int16),
         )
+
+
+def surest_sources(evidence: np.ndarray) -> np.ndarray:
+    """[N] int8 index into `SOURCES` of who is surest of each node, the first of equals; evidence as of a tree."""
+    surest: np.ndarray = evidence.argmax(axis=1).astype(np.int8)
+    return surest
 
 
 EMPTY_TREE = TokenTree.of((), (), SOURCES[0])
@@ -122,64 +127,6 @@ def places_in(
                     places[i + 1] = j
                     break
     return places
-
-
-@njit(cache=True, nogil=True)
-def _union(
-    tokens: np.ndarray,
-    parents: np.ndarray,
-    scores: np.ndarray,
-    evidence: np.ndarray,
-    matches: np.ndarray,
-    sizes: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The union of trees that stand one after the other, `sizes` nodes each; columns as of a `TokenTree`."""
-    n = len(tokens)
-    place = np.empty(n, np.int64)
-    size = 0
-    begin = 0
-    for nodes in sizes:
-        for i in range(begin, begin + nodes):
-            parent = place[begin + parents[i]] if parents[i] >= 0 else -1
-            found = -1
-            for j in range(parent + 1, size if begin else 0):  # the first tree has no equals
-                if parents[j] == parent and tokens[j] == tokens[i]:
-                    found = j
-                    break
-            if found < 0:
-                found = size  # never beyond i: what stands there has been read
-                size += 1
-                tokens[found] = tokens[i]
-                parents[found] = parent
-                scores[found] = scores[i]
-                evidence[found] = evidence[i]
-                matches[found] = matches[i]
-            else:
-                scores[found] = max(scores[found], scores[i])
-                for source in range(evidence.shape[1]):
-                    evidence[found, source] = max(evidence[found, source], evidence[i, source])
-                    matches[found, source] = max(matches[found, source], matches[i, source])
-            place[i] = found
-        begin += nodes
-    return tokens[:size], parents[:size], scores[:size], evidence[:size], matches[:size]
-
-
-def fuse(trees: Sequence[TokenTree]) -> TokenTree:
-    """Union of trees by longest-prefix matching: equal paths become one (RASD, arXiv 2503.03434, section 3.3).
-
-    A node proposed by several trees keeps the evidence of all, and the highest score until a calibration weighs it.
-    """
-    trees = [tree for tree in trees if len(tree)]
-    if len(trees) <= 1:
-        return trees[0] if trees else EMPTY_TREE
-    columns = (
-        np.concatenate([tree.tokens for tree in trees]),
-        np.concatenate([tree.parents for tree in trees]),
-        np.concatenate([tree.scores for tree in trees]),
-        np.concatenate([tree.evidence for tree in trees]),
-        np.concatenate([tree.matches for tree in trees]),
-    )
-    return TokenTree(*_union(*columns, np.array([len(tree) for tree in trees])))
 
 
 def prune(tree: TokenTree, keep: np.ndarray) -> TokenTree:

@@ -5,8 +5,56 @@ carries that token; the first choice no child carries is the bonus token. The em
 at all, which is why the output is the target's own for any drafter.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
 import numpy as np
 from numba import njit
+
+from pipeline.forest import Forest
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What verification showed of B trees.
+
+    Attributes:
+        choices: [C] int64 the target's choices along each tree's accepted path, its tokens and the bonus, tree by tree.
+        begins: [B + 1] int64; a tree that was not verified has no choices.
+    """
+
+    choices: np.ndarray
+    begins: np.ndarray
+
+    @staticmethod
+    def of(choices: Sequence[np.ndarray]) -> "Outcome":
+        """From the choices of each tree, [A + 1] integers, or none."""
+        parts = [np.empty(0, np.int64), *choices]
+        return Outcome(np.concatenate(parts).astype(np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.begins) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """[A + 1] of one tree."""
+        return self.choices[self.begins[index] : self.begins[index + 1]]
+
+
+def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> tuple[list[np.ndarray], Outcome]:
+    """Walks each of B trees.
+
+    Args:
+        choices: [M] int64 of all logits rows.
+        rows: [B] int64 the row of each tree's root; those of its nodes follow.
+
+    Returns:
+        Accepted nodes of each tree, [A] int32 numbered within it, and the choices along them.
+    """
+    accepted, begins, along = _walks(trees.tokens, trees.parents, trees.begins, choices, rows)
+    places = begins.tolist()
+    parts = [accepted[begin:end] for begin, end in pairwise(places)]
+    return parts, Outcome(along, begins + np.arange(len(begins)))
 
 
 @njit(cache=True, nogil=True)
@@ -30,3 +78,24 @@ def walk(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> np.nda
             num_accepted += 1
             node = i
     return accepted[:num_accepted]
+
+
+@njit(cache=True, nogil=True)
+def _walks(
+    tokens: np.ndarray, parents: np.ndarray, begins: np.ndarray, choices: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Accepted nodes of all trees, where each tree's begin, [B + 1], and the choices along them with the bonus."""
+    num_trees = len(rows)
+    accepted, ends = np.empty(len(tokens), np.int32), np.zeros(num_trees + 1, np.int64)
+    along = np.empty(len(tokens) + num_trees, np.int64)
+    at = 0
+    for tree in range(num_trees):
+        own = slice(begins[tree], begins[tree + 1])
+        path = walk(tokens[own], parents[own], choices[rows[tree] : rows[tree] + 1 + own.stop - own.start])
+        along[at + tree] = choices[rows[tree]]
+        for node in path:
+            accepted[at] = node
+            at += 1
+            along[at + tree] = choices[rows[tree] + 1 + node]
+        ends[tree + 1] = at
+    return accepted[:at], ends, along[: at + num_trees]

@@ -16,7 +16,9 @@ from pipeline.calibration import (
     probabilities,
     shipped_weights,
 )
-from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree, fuse
+from pipeline.forest import Forest, fuse
+from pipeline.tree import EMPTY_TREE, SOURCES, TokenTree
+from pipeline.verify import Outcome
 from tests.pipeline.toys import trees
 
 bounded = settings(deadline=None, max_examples=100)
@@ -84,9 +86,10 @@ def test_scores_are_the_conditional_logit_written_out(
 @given(st.lists(st.floats(0.015625, 0.25, width=32), min_size=1, max_size=3), st.sampled_from(SOURCES))
 def test_a_single_source_keeps_its_estimates_at_first(estimates: list[float], source: str) -> None:
     tree = TokenTree.of(range(len(estimates)), [-1] * len(estimates), source, estimates)
-    scored = Calibration(first_weights()).scored(tree, is_sampled=False)
+    forest = Forest.of([tree])
+    scored = Calibration(first_weights()).scored(forest, np.array([False]))
     assert scored.scores.tolist() == pytest.approx(estimates, rel=1e-3)
-    assert scored.evidence is tree.evidence and scored.tokens is tree.tokens
+    assert scored.evidence is forest.evidence and scored.tokens is forest.tokens
 
 
 @settings(deadline=None, max_examples=30)
@@ -121,13 +124,17 @@ def test_the_gradient_is_that_of_the_loss(
         assert gradient[k] == pytest.approx(slope, rel=2e-2, abs=2e-2)
 
 
+def observe(calibration: Calibration, tree: TokenTree, choices: list[int]) -> None:
+    calibration.observe(Forest.of([tree]), Outcome.of([np.array(choices, np.int64)]), np.array([False]))
+
+
 def test_what_verification_shows_is_learned() -> None:
     """The context is right nine times in ten where the draft model says otherwise, and claims five in ten."""
     tree = fuse([TokenTree.of([1], [-1], "draft", [0.6]), TokenTree.of([2], [-1], "context", [0.5])])
     calibration, random = Calibration(first_weights()), np.random.default_rng(0)
     for _ in range(1500):
-        calibration.observe(tree, np.array([2 if random.random() < 0.9 else 1, 5]), is_sampled=False)
-    scores = calibration.scored(tree, is_sampled=False).scores
+        observe(calibration, tree, [2 if random.random() < 0.9 else 1, 5])
+    scores = calibration.scored(Forest.of([tree]), np.array([False])).scores
     assert scores[1] == pytest.approx(0.9, abs=0.06)
     assert scores[0] == pytest.approx(0.1, abs=0.06)
 
@@ -136,9 +143,10 @@ def test_candidates_that_were_not_reached_teach_nothing() -> None:
     tree = TokenTree.of([1, 2], [-1, 0], "corpus", [0.5, 0.5])
     calibration = Calibration(first_weights())
     before = calibration.weights.copy()
-    calibration.observe(EMPTY_TREE, np.array([1]), is_sampled=False)
+    observe(calibration, EMPTY_TREE, [1])
+    observe(calibration, tree, [])
     assert calibration.weights.tolist() == before.tolist()
-    calibration.observe(tree, np.array([9]), is_sampled=False)
+    observe(calibration, tree, [9])
     depth = NUM_CHILD + 2 * len(SOURCES) + 1
     assert calibration.weights[depth] == before[depth], "only the root's children were tried, at log depth 0"
     assert calibration.weights[CORPUS] != before[CORPUS]

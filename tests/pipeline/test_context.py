@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from pipeline.acceptance import MAX_MATCH, AcceptanceTable
 from pipeline.context import ContextRetriever
+from pipeline.forest import Forest
 from pipeline.proposal import SlotView
 from pipeline.tree import SOURCES, TokenTree, path_values
+from pipeline.verify import Outcome
 from tests.pipeline.toys import path_of
 
 MAX_DEPTH = 24
@@ -197,7 +199,8 @@ def observed(table: AcceptanceTable, accepted: Sequence[int], rounds: int) -> np
     chain = TokenTree.of([1, 2], [-1, 0], "context")
     chain.matches[:, CONTEXT] = (3, 4)
     for _ in range(rounds):
-        table.observe(chain, np.array([*(chain.tokens[node] for node in accepted), 7]))
+        choices = np.array([*(chain.tokens[node] for node in accepted), 7])
+        table.observe(Forest.of([chain]), Outcome.of([choices]))
     rates: np.ndarray = table.rates[CONTEXT]
     return rates
 

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from pipeline.budget import StepTimes
 from pipeline.draft_tree import GrowingTree
 from pipeline.economy import EXPLORE_EVERY, THRESHOLDS, Economy, LevelTimes, net_tokens
+from pipeline.forest import Forest, fuse
 from pipeline.pace import EconomicPace, FullPace
-from pipeline.tree import EMPTY_TREE, TokenTree, fuse
+from pipeline.tree import EMPTY_TREE, TokenTree
+from pipeline.verify import Outcome
 from tests.pipeline.toys import path_of, trees
 
 FLAT = StepTimes((1, 64, 128), (0.04, 0.041, 0.042))  # rows cost almost nothing
@@ -96,7 +98,7 @@ def test_surplus_is_what_drafted_children_are_worth_beyond_a_threshold(some: lis
     tree = fuse(some)
     economy = Economy(FLAT, depth=2)
     before = economy.surplus.copy()
-    economy.observe_trees([tree], np.array([9, 7]))
+    economy.observe_trees(Forest.of([tree]), np.array([9, 7]))
     sums, counts, seen = np.zeros_like(before), np.zeros(2), np.zeros(2)
     for parent in range(-1, len(tree)):
         children = [node for node in range(len(tree)) if tree.parents[node] == parent]
@@ -191,8 +193,8 @@ def test_what_drafting_gained_is_learned_by_how_surely_retrieval_goes_on() -> No
     for _ in range(400):
         pace = EconomicPace(economy, [found, EMPTY_TREE])
         pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})
-        pace.observe(0, fused, np.array([7, 1]))  # the draft model knows better than what was retrieved
-        pace.observe(1, fused, np.array([9]))  # and is wrong where nothing was
+        # The draft model knows better than what was retrieved, and is wrong where nothing was.
+        pace.observe(Forest.of([fused, fused]), Outcome.of([np.array([7, 1]), np.array([9])]))
     assert economy.worth[3] > 1.5
     assert economy.worth[0] < 0.1
 

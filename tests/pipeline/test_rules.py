@@ -17,6 +17,7 @@ from pipeline.context import ContextRetriever
 from pipeline.draft_tree import GrowingTree
 from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
+from pipeline.forest import Forest
 from pipeline.growth import DraftOptions
 from pipeline.head_drafter import HeadDrafter
 from pipeline.methods import METHODS, Proposers
@@ -27,6 +28,7 @@ from pipeline.retrieval import Retrieval
 from pipeline.rules import Calibrated, FixedPruning, Switch, chain_of
 from pipeline.target import Target
 from pipeline.tree import EMPTY_TREE, TokenTree
+from pipeline.verify import Outcome
 from tests.models import OracleDrafter, tiny_model
 from tests.pipeline.test_budget import all_paths
 from tests.pipeline.test_engine_architectures import (
@@ -53,11 +55,11 @@ def test_the_draft_distribution_prunes_what_was_retrieved(drafted: TokenTree, re
     rule = FixedPruning(rank=5, probability=0.06)
     logprobs = (3 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(seed))).log_softmax(-1)
     views = [SlotView(0, np.array([1], np.int32), 9)]
-    (got,) = rule.join(views, Draft([drafted], logprobs), [retrieved])
+    (got,) = rule.join(views, Draft([drafted], logprobs), Forest.of([retrieved]))
     likely = logprobs[0].argsort(descending=True)[:5].tolist()
     stays = {token for token in range(VOCABULARY) if token in likely or float(logprobs[0, token].exp()) >= 0.06}
     assert all_paths(got) == all_paths(drafted) | {path for path in all_paths(retrieved) if path[0] in stays}
-    (unpruned,) = rule.join(views, Draft([drafted]), [retrieved])
+    (unpruned,) = rule.join(views, Draft([drafted]), Forest.of([retrieved]))
     assert all_paths(unpruned) == all_paths(drafted) | all_paths(retrieved)
 
 
@@ -72,7 +74,7 @@ def test_a_long_match_switches_to_its_chain(drafted: TokenTree, retrieved: Token
     retrieval.trees = [retrieved]
     pace = rule.pace(views, retrieval)
     assert list(pace.expand(0, {0: GrowingTree(4)})) == ([] if is_long else [0])
-    (got,) = rule.join(views, Draft([EMPTY_TREE if is_long else drafted]), [retrieved])
+    (got,) = rule.join(views, Draft([EMPTY_TREE if is_long else drafted]), Forest.of([retrieved]))
     assert all_paths(got) == (all_paths(chain_of(retrieved)) if is_long else all_paths(drafted))
 
 
@@ -142,13 +144,13 @@ def test_no_rule_changes_the_output(
 def test_slots_that_give_way_are_drafted_for_again_and_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot that computes its tokens again has a round that was none of the drafting's."""
     gains: list[float] = []
-    observe_gain = Economy.observe_gain
+    observe_gains = Economy.observe_gains
 
-    def spy(economy: Economy, expected: np.ndarray, gained: float) -> None:
-        gains.append(gained)
-        observe_gain(economy, expected, gained)
+    def spy(economy: Economy, expected: np.ndarray, gained: np.ndarray) -> None:
+        gains.extend(gained.tolist())
+        observe_gains(economy, expected, gained)
 
-    monkeypatch.setattr(Economy, "observe_gain", spy)
+    monkeypatch.setattr(Economy, "observe_gains", spy)
     prompts = prompts_for(6, 12)
     requests = requests_for(prompts, GREEDY)
     model = tiny_model("llama")
@@ -212,5 +214,5 @@ def test_what_came_behind_the_draft_is_no_gain_of_drafting() -> None:
         pace = rule.pace(views, retrieval)
         pace.expand(0, {0: GrowingTree(8)})
         (tree,) = rule.join(views, Draft([TokenTree.of([9], [-1], "draft", [0.1])]), retrieval.finish())
-        rule.observe(7, tree, np.array([5, 6, 1]), GREEDY)
+        rule.observe(Forest.of([tree]), Outcome.of([np.array([5, 6, 1])]))
     assert economy.worth[0] < 0.5, "the draft model found nothing"

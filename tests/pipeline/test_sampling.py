@@ -61,8 +61,7 @@ def kept(scores: torch.Tensor) -> torch.Tensor:
 
 def slot_of(prompt: Sequence[int], output: Sequence[int], params: SamplingParams, seed: int = 5) -> Slot:
     slot = Slot.of(Request(0, tuple(prompt), params, seed), StopCheck(params, 1000, (), ToyDecoder()))
-    for token in output:
-        slot.append(token, None)
+    slot.extend(np.array(output, np.int32), None)
     return slot
 
 

@@ -155,7 +155,7 @@ def drive(scheduler: Scheduler, toy: ToyTarget, trees: dict[int, TokenTree] | No
     for item in work:
         item.slot.cached += len(item.run.known)
         if item.run.wants_logits:
-            item.slot.append(toy.next_token(item.slot.known.tolist()), None)
+            item.slot.extend(np.array([toy.next_token(item.slot.known.tolist())]), None)
         scheduler.pool.publish(item.slot.pages, item.slot.known[: item.slot.cached])
     for item in work:
         if item.slot.finish_reason is not None:

@@ -89,7 +89,7 @@ def test_silence_is_an_empty_tree() -> None:
     some = views([1, 2], [3])
     retriever.send(some)
     assert [len(tree) for tree in retriever.lookup(some)] == [0, 0]
-    assert retriever.lookup([]) == []
+    assert len(retriever.lookup([])) == 0
 
 
 def test_a_lookup_survives_the_journey_as_bytes() -> None:

@@ -23,7 +23,7 @@ def generate(stop: StopCheck, tokens: Sequence[int]) -> tuple[list[int], str | N
     """The output when the model would go on with `tokens`, and why it ended."""
     for length in range(1, len(tokens) + 1):
         output = np.array(tokens[:length], np.int32)
-        reason = stop(output)
+        _, reason = stop(output)
         if reason is not None:
             return list(tokens[:length]), reason
     return list(tokens), None
@@ -36,6 +36,18 @@ def first_end(tokens: Sequence[int], stops: Sequence[str]) -> int | None:
         if any(stop in text for stop in stops):
             return length
     return None
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from([*b"ab", EOS, SPECIAL]), min_size=1, max_size=12), st.integers(1, 8), st.booleans())
+def test_tokens_that_come_together_end_an_output_where_they_would_one_by_one(
+    tokens: list[int], longest: int, with_stop: bool
+) -> None:
+    stop = check(longest, stop=("ab",) if with_stop else ())
+    output, reason = generate(stop, tokens)
+    for num_new in range(1, len(output) + 1):
+        before = len(output) - num_new
+        assert stop(np.array(tokens, np.int32), len(tokens) - before) == (num_new, reason)
 
 
 # Pieces that split and repeat: plain letters, characters of two to four bytes, special tokens.

@@ -7,12 +7,12 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.forest import fuse
 from pipeline.tree import (
     EMPTY_TREE,
     SOURCES,
     TokenTree,
     ancestor_mask,
-    fuse,
     node_depths,
     path_values,
     places_in,
