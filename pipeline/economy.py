@@ -25,6 +25,7 @@ _GAIN_DECAY = 0.99  # of a round
 _MOST_COVERED = 0.5  # nodes that retrieval covers further teach nothing about the draft model
 _MOST_OFF = 2.0  # what took longer than expected counts as this many times the estimate at most
 _WARM_UP = 2  # levels
+_RIDGE = 1e-6  # keeps the least squares solvable
 EXPLORE_EVERY = 50  # rounds; one slot is then drafted for in full
 
 
@@ -32,14 +33,12 @@ class LevelTimes:
     """Seconds of a draft level of n rows, a + b n, by least squares over what was seen, newer counting more."""
 
     def __init__(self, times: StepTimes) -> None:
-        self._normal = np.zeros((2, 2))
-        self._right = np.zeros(2)
+        self._weight, self._rows, self._squares = 0.0, 0.0, 0.0  # sums over levels of 1, n and n * n,
+        self._seconds, self._products = 0.0, 0.0  # of their seconds, and of those times n
         self._num_levels = 0
         self._was_off = False
         for rows, seconds in zip((1, 64), times(np.array([1, 64])).tolist(), strict=True):
-            row = np.array([1.0, rows])
-            self._normal += np.outer(row, row)
-            self._right += _FIRST_LEVEL * seconds * row
+            self._add(rows, _FIRST_LEVEL * seconds)
 
     def observe(self, num_rows: int, seconds: float) -> None:
         """A level of so many rows took so long. One far above the estimate is believed if the last one was, too: a
@@ -47,23 +46,37 @@ class LevelTimes:
         self._num_levels += 1
         if self._num_levels <= _WARM_UP:
             return
-        most = _MOST_OFF * float(self(np.array([num_rows]))[0])
+        fixed, slope = self._line()
+        most = _MOST_OFF * (fixed + slope * num_rows)
         is_off = seconds > most
         if is_off and not self._was_off:
             seconds = most
         self._was_off = is_off
-        row = np.array([1.0, num_rows])
-        self._normal = _TIME_DECAY * self._normal + np.outer(row, row)
-        self._right = _TIME_DECAY * self._right + seconds * row
+        self._add(num_rows, seconds)
 
     def __call__(self, num_rows: np.ndarray) -> np.ndarray:
         """Seconds for each row count, [n] -> [n]."""
-        fixed, slope = np.linalg.solve(self._normal + 1e-6 * np.eye(2), self._right)
-        mean = self._right[0] / self._normal[0, 0]
-        if slope < 0 or fixed < 0:  # too little seen to tell them apart
-            return np.full(len(num_rows), mean)
+        fixed, slope = self._line()
         seconds: np.ndarray = fixed + slope * num_rows
         return seconds
+
+    def _add(self, num_rows: int, seconds: float) -> None:
+        decay = _TIME_DECAY if self._num_levels else 1.0
+        self._weight = decay * self._weight + 1.0
+        self._rows = decay * self._rows + num_rows
+        self._squares = decay * self._squares + num_rows * num_rows
+        self._seconds = decay * self._seconds + seconds
+        self._products = decay * self._products + num_rows * seconds
+
+    def _line(self) -> tuple[float, float]:
+        """a and b."""
+        weight, squares = self._weight + _RIDGE, self._squares + _RIDGE
+        determinant = weight * squares - self._rows * self._rows
+        fixed = (squares * self._seconds - self._rows * self._products) / determinant
+        slope = (weight * self._products - self._rows * self._seconds) / determinant
+        if slope < 0 or fixed < 0:  # too little seen to tell them apart
+            return self._seconds / self._weight, 0.0
+        return fixed, slope
 
 
 class Economy:

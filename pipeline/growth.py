@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_tree import GrowingTree, drafted_forest
+from pipeline.forest import Forest
 from pipeline.graphs import Graphs
 from pipeline.noise import position_key
 from pipeline.pace import Pace
@@ -19,7 +20,7 @@ from pipeline.pages import PageRun
 from pipeline.proposal import SlotView
 from pipeline.request import SamplingParams
 from pipeline.sampling import ChoiceRow, perturbed_scores
-from pipeline.tree import EMPTY_TREE, TokenTree, node_depths
+from pipeline.tree import node_depths
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def levels(
         growing = {index: growth for index, growth in working.items() if level < growth.depth}
         trees = {index: growth.tree for index, growth in growing.items() if len(growth.tree.frontier)}
         kept = pace.expand(level, trees)
-        working = {index: working[index] for index, keep in kept.items() if keep.any()}
+        working = {index: working[index] for index in kept}
         if not working:
             return
         for index, growth in working.items():
@@ -147,10 +148,10 @@ def grow(
         growth.tree.grow(logprobs[begin:end], tokens[begin:end])
 
 
-def drafted(growths: Mapping[int, Growth], num_views: int, options: DraftOptions) -> list[TokenTree]:
+def drafted(growths: Mapping[int, Growth], num_views: int, options: DraftOptions) -> Forest:
     """The finished tree of each view; empty for those that were not drafted for."""
-    grown = {index: growth.tree.tree(options.num_nodes) for index, growth in growths.items()}
-    return [grown.get(index, EMPTY_TREE) for index in range(num_views)]
+    trees = {index: growth.tree for index, growth in growths.items()}
+    return drafted_forest([trees.get(index) for index in range(num_views)], options.num_nodes)
 
 
 def _choice_rows(growth: Growth) -> list[ChoiceRow]:

@@ -27,7 +27,11 @@ class Pace(Protocol):
         ...
 
     def expand(self, level: int, trees: Mapping[int, GrowingTree]) -> Mapping[int, np.ndarray]:
-        """Which nodes of each tree's frontier to expand, [F] bool; a tree left out grows no further."""
+        """Which nodes of each tree's frontier to expand, [F] bool, some at least; a tree left out grows no further.
+
+        Args:
+            trees: by view, those that have a frontier.
+        """
         ...
 
     def took(self, num_rows: int, seconds: float) -> None:
@@ -96,7 +100,7 @@ class EconomicPace:
         if level and (found := self._newly_found()) is not None:
             self.learn(found)
         sizes = [len(tree.frontier) for tree in trees.values()]
-        values = np.concatenate([tree.frontier_values for tree in trees.values()])
+        values = np.exp(np.concatenate([tree.frontier_logprobs for tree in trees.values()]))
         kinds = np.searchsorted(COVERED, np.concatenate([self._covered_of(i, tree) for i, tree in trees.items()]))
         alone = self._economy.gains(level, values, self._row_tokens)
         gains = alone * self._economy.worth[kinds]
@@ -109,14 +113,15 @@ class EconomicPace:
         if net[best] > 0:
             keep[order[: best + 1]] = True
             self.gains[level], self.nets[level] = worth[best], worth[best] - cost[best]
-        parts = np.split(keep, np.cumsum(sizes)[:-1])
-        chosen = dict(zip(trees, parts, strict=True))
-        if self._explored in chosen:
-            chosen[self._explored][:] = True  # in `keep`, too
+        begins = np.cumsum([0, *sizes])
+        parts = {index: keep[begins[i] : begins[i + 1]] for i, index in enumerate(trees)}
+        if self._explored in parts:
+            parts[self._explored][:] = True  # in `keep`, too
         views = np.repeat(np.fromiter(trees, np.int64, len(trees)), sizes)
         np.add.at(self._expected, (views[keep], kinds[keep]), alone[keep])
         self.num_expanded[level] = keep.sum()
-        return {index: part for index, part in chosen.items() if part.any()}
+        is_chosen = np.logical_or.reduceat(keep, begins[:-1]).tolist()
+        return {index: part for (index, part), is_any in zip(parts.items(), is_chosen, strict=True) if is_any}
 
     def took(self, num_rows: int, seconds: float) -> None:
         self._economy.observe_level(num_rows, seconds)

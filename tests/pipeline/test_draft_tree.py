@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_tree import GrowingTree, drafted_forest
+from pipeline.tree import TokenTree
 from tests.pipeline.toys import path_of
 
 Path = tuple[int, ...]
@@ -41,6 +42,13 @@ def grown(after: Callable[[Path], np.ndarray], depth: int, width: int, branches:
     return tree
 
 
+def finished(tree: GrowingTree, num_nodes: int) -> TokenTree:
+    """Beside a view that was not drafted for."""
+    nothing, found = drafted_forest([None, tree], num_nodes)
+    assert not len(nothing)
+    return found
+
+
 def brute_force(after: Callable[[Path], np.ndarray], depth: int, width: int, branches: int) -> dict[Path, float]:
     """All candidates by path, with their cumulative log-probabilities."""
     values: dict[Path, float] = {(): 0.0}
@@ -57,7 +65,7 @@ def brute_force(after: Callable[[Path], np.ndarray], depth: int, width: int, bra
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40))
 def test_the_most_likely_candidates_remain(seed: int, depth: int, width: int, branches: int, num_nodes: int) -> None:
     after = logprobs_after(seed)
-    tree = grown(after, depth, width, branches).tree(num_nodes)
+    tree = finished(grown(after, depth, width, branches), num_nodes)
     values = brute_force(after, depth, width, branches)
     kept = {path_of(tree, i) for i in range(len(tree))}
     assert len(tree) == min(num_nodes, len(values))
@@ -70,7 +78,7 @@ def test_the_most_likely_candidates_remain(seed: int, depth: int, width: int, br
 def test_candidates_that_were_filtered_out_never_enter() -> None:
     tree = GrowingTree(4)
     tree.grow(np.array([[-0.1, -np.inf, -np.inf]], np.float32), np.array([[5, 6, 7]]))
-    assert tree.tree(10).tokens.tolist() == [5]
+    assert finished(tree, 10).tokens.tolist() == [5]
     assert tree.num_new == 1
     tree.grow(np.array([[-1.0, -2.0, -np.inf]], np.float32), np.array([[5, 6, 7]]))
-    assert tree.tree(10).parents.tolist() == [-1, 0, 0]
+    assert finished(tree, 10).parents.tolist() == [-1, 0, 0]
