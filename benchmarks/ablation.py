@@ -17,30 +17,32 @@ from datastore import Datastore
 from jobs.facts import model_facts
 from jobs.simulate import passages_for, play, rows_of
 from jobs.simulate_config import SimulateConfig
+from pipeline.forest import Forest
 from pipeline.methods import METHODS, Method, method_named
 from pipeline.pace import FullPace, Pace
 from pipeline.proposal import Draft, SlotView
 from pipeline.replay import Recording
 from pipeline.retrieval import Retrieval
 from pipeline.rules import Calibrated, Rule
-from pipeline.tree import TokenTree
 
 
 class Uncalibrated(Calibrated):
     """Every node keeps the highest estimate of its sources."""
 
-    def _scored(self, views: Sequence[SlotView], trees: Sequence[TokenTree]) -> list[TokenTree]:
-        return list(trees)
+    def _scored(self, trees: Forest) -> Forest:
+        return trees
 
 
 class Unskipped(Calibrated):
     """Drafts in full, every round."""
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
+        super().pace(views, retrieval)
+        self._pace = None
         return FullPace()
 
-    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Sequence[TokenTree]) -> list[TokenTree]:
-        return self._scored(views, Rule.join(self, views, draft, retrieved))
+    def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
+        return self._scored(Rule.join(self, views, draft, retrieved))
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def gpu_costs(slots: int) -> Costs:
 
 
 def host_times(recording: Recording, name: str, slots: int, store: Datastore | None) -> dict[str, Any]:
-    """Microseconds a round by phase, over rounds with nearly all slots decoding; and what was proposed and verified."""
+    """Microseconds a round by phase, over rounds that are not at rest and have nearly all slots decoding."""
     method = method_named(name, {"draft", "live"} | ({"corpus"} if store is not None else set()))
     searchers, _live = local_search(method, store, recording.vocab_size)
     recording = replace(recording, costs=gpu_costs(slots))
@@ -91,11 +91,11 @@ def host_times(recording: Recording, name: str, slots: int, store: Datastore | N
         for request in engine.requests():
             engine.submit(request)
         while engine.has_work:
-            counts = len(engine._scheduler.decoding()) >= _FULL * slots
+            is_full = len(engine._scheduler.decoding()) >= _FULL * slots
             before, stood = Counter(engine.phases.seconds), stand_in.seconds
             begin = time.perf_counter()
             engine.step()
-            if counts:
+            if is_full and not engine._rests:
                 rounds += 1
                 spent["all"] += time.perf_counter() - begin - (stand_in.seconds - stood)
                 spent["draft"] -= stand_in.seconds - stood
@@ -103,8 +103,8 @@ def host_times(recording: Recording, name: str, slots: int, store: Datastore | N
                     spent[phase] += seconds - before[phase]
     finally:
         replay.candidates = original
-    spent["all"] -= spent.pop("verify")  # the target's stand-in
-    return {"rounds": rounds, "us": {phase: round(1e6 * seconds / rounds) for phase, seconds in spent.items()}}
+    spent["all"] -= spent.pop("verify", 0.0)  # the target's stand-in
+    return {"rounds": rounds, "us": {phase: round(1e6 * seconds / max(rounds, 1)) for phase, seconds in spent.items()}}
 
 
 if __name__ == "__main__":

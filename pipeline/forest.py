@@ -115,6 +115,7 @@ def fuse_forests(forests: Sequence[Forest]) -> Forest:
         forests: one at least, of as many trees each; those of the first come first.
     """
     fused = forests[0]
+    assert all(len(other) == len(fused) for other in forests)
     for other in forests[1:]:
         if fused.num_nodes and other.num_nodes:
             fused = Forest(*_union(*_columns(fused), *_columns(other)))

@@ -21,7 +21,9 @@ _TRIAL = 16  # rounds of one kind before it is judged
 # With many slots a round tells more, a batch is over sooner, and there is most to lose.
 _FEW_SLOTS = 16
 _SHORT_WARM_UP, _SHORT_TRIAL = 8, 8
-_RUN_UP = 64  # rounds of rest before a trial of speculation, in which drafters follow new requests again
+# Rounds of rest before a trial of speculation, half of it at most, in which drafters follow new requests again: what
+# began before is drafted for from retrieval alone until it ends.
+_RUN_UP, _LONGEST_RUN_UP = 64, 256
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
 _DEAR = 0.3  # of what a slot's share of a plain pass takes: a row that adds so much is rarely earned back
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
@@ -50,39 +52,62 @@ class _Level:
 
     def __init__(self, size: int, *, begins_at_rest: bool = False) -> None:
         are_few = 2**size <= _FEW_SLOTS
-        self.is_resting = begins_at_rest
+        self.is_resting = False
         self._speculation, self._rest = _Worth(), _Worth()
         self._unseen = _WARM_UP_SLOTS >> size if are_few else _SHORT_WARM_UP
         self._trial = _TRIAL if are_few else _SHORT_TRIAL
-        self._left = _SHORTEST if begins_at_rest else self._trial  # rounds until the next decision
-        self._length = _SHORTEST
+        self._left = self._trial  # rounds of speculation until the next decision: those that teach; of rest: all
+        self._length = _SHORTEST  # of the next rest
+        self._has_rested = False
+        self._is_trying = False  # whether this is the first rest, which ends when enough is known of it
+        self._run_up = 0
+        if begins_at_rest:
+            self._rest_for(_SHORTEST)
 
     @property
     def follows(self) -> bool:
-        return not self.is_resting or self._left <= _RUN_UP
+        return not self.is_resting or self._is_trying or self._left <= self._run_up
+
+    def begin(self) -> None:
+        """A round begins. Rounds with much prefill teach nothing, and may be all there are: rest ends all the same."""
+        if self.is_resting:
+            if self._left == 0:
+                self._speculate()
+            self._left -= self.is_resting
 
     def observe(self, tokens: float, plain: float) -> None:
-        """A round of the current kind."""
-        if self._unseen and not self.is_resting:
+        """A round of the current kind that teaches."""
+        if self.is_resting:
+            self._rest.observe(tokens, plain)
+            if self._is_trying and self._rest.num_rounds == self._trial:
+                self._decide()
+        elif self._unseen:
             self._unseen -= 1
-            return
-        (self._rest if self.is_resting else self._speculation).observe(tokens, plain)
-        self._left -= 1
-        if self._left <= 0:
-            self._decide()
+        else:
+            self._speculation.observe(tokens, plain)
+            self._left -= 1
+            if self._left == 0:
+                self._decide()
 
     def _decide(self) -> None:
         are_known = self._rest.num_rounds > 0 and self._speculation.num_rounds > 0
-        is_better = are_known and self._rest.value > _MARGIN * self._speculation.value
-        if self.is_resting and not (is_better and self._rest.num_rounds == self._trial):
-            self.is_resting, self._left = False, self._trial
-        elif is_better:
-            self.is_resting, self._left = True, self._length
+        if are_known and self._rest.value > _MARGIN * self._speculation.value:
+            self._rest_for(self._length)
             self._length = min(2 * self._length, _LONGEST)
-        elif self._rest.num_rounds == 0 and self._speculation.value < _CERTAIN:
-            self.is_resting, self._left = True, self._trial
+        elif not self._has_rested and self._speculation.value < _CERTAIN:
+            self._rest_for(_SHORTEST)
+            self._is_trying = True
         else:
-            self._left, self._length = self._trial, _SHORTEST
+            self._speculate()
+            self._length = _SHORTEST
+
+    def _rest_for(self, num_rounds: int) -> None:
+        self.is_resting, self._left = True, num_rounds
+        self._has_rested, self._is_trying = True, False
+        self._run_up = min(max(num_rounds // 2, _RUN_UP), _LONGEST_RUN_UP)
+
+    def _speculate(self) -> None:
+        self.is_resting, self._left = False, self._trial
 
 
 class Resting:
@@ -119,6 +144,7 @@ class Resting:
             is_dear = 2**size > _FEW_SLOTS and twice > (1.0 + _DEAR) * once
             self._levels[size] = _Level(size, begins_at_rest=is_dear)
         self._level = self._levels[size]
+        self._level.begin()
         return self._level.is_resting
 
     def observe(self, tokens: float, plain_tokens: float) -> None:

@@ -75,6 +75,31 @@ def test_the_most_likely_candidates_remain(seed: int, depth: int, width: int, br
         assert np.isclose(tree.scores[i], np.exp(after(path[:-1])[path[-1]]), rtol=1e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.integers(1, 14), st.sampled_from([1, 3, 9]), st.integers(1, 10))
+def test_what_is_expanded_is_a_tree_of_the_nodes_chosen(seed: int, depth: int, width: int, branches: int) -> None:
+    """Far beyond the room that is there at first, parts of the frontier left out at random."""
+    after, random = logprobs_after(seed), np.random.default_rng(seed)
+    tree = GrowingTree(width)
+    chosen: list[Path] = []
+    new: list[Path] = [()]
+    for _ in range(depth):
+        rows = [after(path) for path in new]
+        tokens = np.stack([best(row, branches) for row in rows])
+        tree.grow(np.take_along_axis(np.stack(rows), tokens, 1), tokens)
+        keep = random.random(len(tree.frontier)) < 0.7
+        keep[random.integers(len(keep))] = True
+        tree.narrow(keep)
+        whole = TokenTree.of(tree.tokens, tree.parents, "draft")
+        new = [path_of(whole, node) for node in tree.frontier]
+        chosen += new
+        expanded = tree.expanded
+        assert [path_of(expanded, node) for node in range(len(expanded))] == chosen
+        assert tree.num_new == len(new)
+        paths = [sum(float(after(path[:i])[path[i]]) for i in range(len(path))) for path in new]
+        assert np.allclose(tree.frontier_logprobs, paths, rtol=1e-4)
+
+
 def test_candidates_that_were_filtered_out_never_enter() -> None:
     tree = GrowingTree(4)
     tree.grow(np.array([[-0.1, -np.inf, -np.inf]], np.float32), np.array([[5, 6, 7]]))

@@ -62,6 +62,30 @@ def test_drafters_follow_before_the_first_trial_only() -> None:
     assert not any(follows[:60]) and all(follows[70:])
 
 
+@pytest.mark.parametrize("times", [DEAR, CHEAP])
+def test_rounds_that_teach_nothing_do_not_hold_a_replica_at_rest(times: StepTimes) -> None:
+    """Beside long prompts no round may be fit to compare."""
+    resting = Resting(times)
+    if times is CHEAP:
+        run(resting, 16, speculation=1.0, rest=0.99)
+    rested = [resting.begin_round(64) for _ in range(1000)]
+    assert rested[0] and sum(rested) == 128
+
+
+def test_before_long_rests_end_drafters_follow_for_longer() -> None:
+    resting = Resting(DEAR)
+    run_ups, count = [], 0
+    for _ in range(4000):
+        is_resting = resting.begin_round(64)
+        if is_resting and resting.follows:
+            count += 1
+        elif not is_resting and count:
+            run_ups.append(count)
+            count = 0
+        resting.observe((0.99 if is_resting else 0.9) * 64, 64)
+    assert run_ups[:4] == [65, 65, 129, 257]
+
+
 def test_rest_that_brings_less_is_tried_once() -> None:
     rested = run(Resting(CHEAP), 5000, speculation=1.05, rest=0.99)
     assert 0 < sum(rested) < 50
