@@ -5,6 +5,7 @@ The rest of `jobs` says what must happen to plan, parts and records; a storage k
 """
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -29,7 +30,7 @@ REPORT = "report.json"
 PAGE = "report.html"
 
 _PART = re.compile(r"part-\d{6,}\.parquet")
-_DEBRIS = ("_tmp/*", "_commits/*.tmp", "_lease.*.tmp", "plan.json.*.tmp", "report.json.*.tmp")
+_DEBRIS = ("_tmp/*", "_commits/*.tmp", "_lease.*.tmp", "plan.json.*.tmp", "report.json.*.tmp", "report.html.*.tmp")
 
 
 class HeldLease(Protocol):
@@ -195,8 +196,10 @@ class LocalStorage:
 
     def write_text(self, key: str, text: str) -> None:
         path = self.directory / key
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with writing(path):
-            path.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)  # who looks at it while it is written sees the old one
 
     def create(self, key: str, value: Mapping[str, Any]) -> bool:
         create_json(self.directory / key, value)  # raises JobError if it exists: under the lock, nobody else made it

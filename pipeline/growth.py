@@ -95,8 +95,9 @@ def levels(
         working = {index: working[index] for index in kept}
         if not working:
             return
-        for index, growth in working.items():
-            growth.tree.narrow(kept[index])
+        if level:  # a root is expanded or not
+            for index, growth in working.items():
+                growth.tree.narrow(kept[index])
         num_rows = sum(growth.num_rows + (growth.num_behind if level == 0 else 0) for growth in working.values())
         if level == 0:
             prepare()

@@ -99,9 +99,14 @@ class EconomicPace:
             return {}
         if level and (found := self._newly_found()) is not None:
             self.learn(found)
+        views = np.fromiter(trees, np.int64, len(trees))
         sizes = [len(tree.frontier) for tree in trees.values()]
-        values = np.exp(np.concatenate([tree.frontier_logprobs for tree in trees.values()]))
-        kinds = np.searchsorted(COVERED, np.concatenate([self._covered_of(i, tree) for i, tree in trees.items()]))
+        if level:
+            values = np.exp(np.concatenate([tree.frontier_logprobs for tree in trees.values()]))
+            covered = np.concatenate([self._covered_of(i, tree) for i, tree in trees.items()])
+        else:  # the roots
+            values, covered = np.ones(len(trees), np.float32), self._covered[self._retrieved.begins[views] + views]
+        kinds = np.searchsorted(COVERED, covered)
         alone = self._economy.gains(level, values, self._row_tokens)
         gains = alone * self._economy.worth[kinds]
         order = np.argsort(-gains, kind="stable")
@@ -117,8 +122,7 @@ class EconomicPace:
         parts = {index: keep[begins[i] : begins[i + 1]] for i, index in enumerate(trees)}
         if self._explored in parts:
             parts[self._explored][:] = True  # in `keep`, too
-        views = np.repeat(np.fromiter(trees, np.int64, len(trees)), sizes)
-        np.add.at(self._expected, (views[keep], kinds[keep]), alone[keep])
+        np.add.at(self._expected, (np.repeat(views, sizes)[keep], kinds[keep]), alone[keep])
         self.num_expanded[level] = keep.sum()
         is_chosen = np.logical_or.reduceat(keep, begins[:-1]).tolist()
         return {index: part for (index, part), is_any in zip(parts.items(), is_chosen, strict=True) if is_any}
@@ -141,13 +145,13 @@ class EconomicPace:
         self._economy.observe_gains(self._expected[drafted], (with_draft - without)[drafted])
 
     def _covered_of(self, view: int, tree: GrowingTree) -> np.ndarray:
-        """[F] probability that something retrieved goes on rightly from each node of the frontier, given the node."""
+        """[F] probability that something retrieved goes on rightly from each node of a frontier below the root."""
         found = self._retrieved
         begin, end = int(found.begins[view]), int(found.begins[view + 1])
-        covered = self._covered[begin + view : end + view + 1]
-        if begin == end or len(tree.tokens) == 0:  # nothing, or the root alone
-            return np.repeat(covered[:1], len(tree.frontier)) if begin < end else np.zeros(len(tree.frontier))
+        if begin == end:
+            return np.zeros(len(tree.frontier))
         nodes = found.tokens[begin:end], found.parents[begin:end]
+        covered = self._covered[begin + view : end + view + 1]
         return _covered_at(*nodes, covered, tree.tokens, tree.parents, tree.frontier)
 
 

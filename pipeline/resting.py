@@ -26,6 +26,7 @@ _SHORT_WARM_UP, _SHORT_TRIAL = 8, 8
 _RUN_UP, _LONGEST_RUN_UP = 64, 256
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
 _DEAR = 0.3  # of what a slot's share of a plain pass takes: a row that adds so much is rarely earned back
+_FAR = 3
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
 
 
@@ -140,8 +141,8 @@ class Resting:
         """
         size = round(math.log2(num_slots))
         if size not in self._levels:
-            once, twice = self._times(np.array([num_slots, 2 * num_slots]))
-            is_dear = 2**size > _FEW_SLOTS and twice > (1.0 + _DEAR) * once
+            few, many = self._times(np.array([num_slots, _FAR * num_slots]))  # far apart: single times are noisy
+            is_dear = 2**size > _FEW_SLOTS and many > (1.0 + (_FAR - 1) * _DEAR) * few
             self._levels[size] = _Level(size, begins_at_rest=is_dear)
         self._level = self._levels[size]
         self._level.begin()

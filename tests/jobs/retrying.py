@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from actors.rows import InputRow, ShardTask
-from jobs.commit import CommitLog, read_commits
+from jobs.commit import CommitLog
 from jobs.config import GenerateConfig
 from jobs.retry import reopen_failed
 from jobs.storage import Storage, open_storage
@@ -51,9 +48,3 @@ def work(output: Storage | str | Path, *, run: int, longest: int, is_retry: bool
             log.commit(result)
         log.finish()
     return resumed
-
-
-def table_of(output: Storage | str | Path) -> pa.Table:
-    """All that is committed."""
-    storage = open_storage(output)
-    return pa.concat_tables([pq.read_table(storage.open(commit.file)) for commit, _ in read_commits(storage) if commit])

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.backend import Launch
-from jobs.commit import read_commits
 from jobs.generation import generate
 from jobs.lease import Lease
 from pipeline.errors import ConfigError, ModelError
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend, Faults
+from tests.jobs.tables import table_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,11 +41,6 @@ def words(prompts: Path, output: Path, *more: str) -> list[str]:
 def run(prompts: Path, output: Path, cluster: str, *more: str, backend: FakeBackend | None = None) -> int:
     config = parse(words(prompts, output, "--ray-address", cluster, *more))
     return generate(config, backend or FakeBackend())
-
-
-def table_of(output: Path) -> pa.Table:
-    """All committed rows in order, as a reader should read them."""
-    return pq.read_table([output / commit.file for commit, _ in read_commits(output) if commit])
 
 
 def start(prompts: Path, output: Path, cluster: str, seconds_a_row: float) -> "subprocess.Popen[str]":

@@ -14,7 +14,8 @@ from jobs.generation import generate
 from pipeline.digests import file_sha256
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend
-from tests.jobs.test_generate_job import start, table_of, wait_for, words
+from tests.jobs.tables import table_of
+from tests.jobs.test_generate_job import start, wait_for, words
 
 
 @pytest.fixture

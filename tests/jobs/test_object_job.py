@@ -22,7 +22,8 @@ from jobs.storage import open_storage
 from pipeline.errors import ConfigError
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend
-from tests.jobs.test_generate_job import ROOT, table_of
+from tests.jobs.tables import table_of
+from tests.jobs.test_generate_job import ROOT
 from tests.jobs.test_look_at_job import last_record
 
 

@@ -25,8 +25,9 @@ from jobs.storage import Storage, open_storage
 from pipeline.errors import ConfigError
 from tests.fake_rasd import parse
 from tests.fakes import TOKENS_A_ROW, FakeBackend, Faults
+from tests.jobs.tables import table_of
 from tests.jobs.test_driver import Listener, drive
-from tests.jobs.test_generate_job import ROOT, table_of
+from tests.jobs.test_generate_job import ROOT
 from tests.jobs.test_look_at_job import last_record
 from tests.jobs.test_object_job import stored_table
 

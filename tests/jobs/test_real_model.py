@@ -6,12 +6,10 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main as rasd
-from jobs.commit import read_commits
+from tests.jobs.tables import table_of
 
 ROOT = Path(__file__).parents[2]
 # What a resumed job must have in common with an undisturbed one (design section 8): everything but statistics.
@@ -32,10 +30,6 @@ def prompts(tmp_path: Path) -> Path:
 def options(prompts: Path, output: Path, *more: str) -> list[str]:
     words = ["--model", "smollm2-135m", "--prompts", str(prompts), "--output", str(output), "--max-context", "256"]
     return [*words, "--max-new-tokens", "12", "--rows-per-shard", "2", "--budget", "6", *more]
-
-
-def table_of(output: Path) -> pa.Table:
-    return pq.read_table([output / commit.file for commit, _ in read_commits(output) if commit])
 
 
 def test_outputs_are_traced_and_played_again(

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datastore.format import Manifest, write_manifest
 from datastore.segment import write_segment
-from jobs.commit import read_commits
 from pipeline.models import tokenizer_hash
 from tests.jobs.chaos.nodes import actors_below
+from tests.jobs.tables import table_of
 
 ROOT = Path(__file__).parents[2]
 EXACT = ["row_index", "id", "sample", "prompt", "text", "token_ids", "finish_reason", "seed", "status", "error_type"]
@@ -42,10 +40,6 @@ def run(words: list[str]) -> dict[str, object]:
     done = subprocess.run(words, cwd=ROOT, check=True, timeout=250, stdout=subprocess.PIPE, text=True)
     record: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return record
-
-
-def table_of(output: Path) -> pa.Table:
-    return pq.read_table([output / commit.file for commit, _ in read_commits(output) if commit])
 
 
 @pytest.fixture(scope="module")
