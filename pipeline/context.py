@@ -30,9 +30,10 @@ _END = -1  # of a passage
 
 class _SlotIndex:
     """Growing token buffer with bigram and unigram chains: `links[0 or 1, i]` is the previous place with the same
-    key, or -1. The prompt begins at `origin`, after the passages."""
+    key, or -1. The prompt begins at `origin`, after the passages. Places from `linked` on are not in the chains yet;
+    the next lookup adds them, which a replica at rest does not make."""
 
-    __slots__ = ("heads", "length", "links", "origin", "tokens")
+    __slots__ = ("heads", "length", "linked", "links", "origin", "tokens")
 
     def __init__(self, capacity: int) -> None:
         capacity = 1 << max(8, (capacity - 1).bit_length())
@@ -40,15 +41,15 @@ class _SlotIndex:
         self.links = np.empty((2, capacity), np.int32)
         self.heads = np.full((2, capacity), -1, np.int32)
         self.length = 0
+        self.linked = 0
         self.origin = 0
 
     def extend(self, tokens: np.ndarray) -> None:
         if self.length + len(tokens) > len(self.tokens):
             grown = _SlotIndex(2 * (self.length + len(tokens)))
-            grown.extend(self.tokens[: self.length])
-            self.tokens, self.links, self.heads = grown.tokens, grown.links, grown.heads
+            grown.tokens[: self.length] = self.tokens[: self.length]
+            self.tokens, self.links, self.heads, self.linked = grown.tokens, grown.links, grown.heads, 0
         self.tokens[self.length : self.length + len(tokens)] = tokens
-        _link(self.tokens, self.links, self.heads, self.length, self.length + len(tokens))
         self.length += len(tokens)
 
 
@@ -89,8 +90,9 @@ class ContextRetriever:
         for place, view in enumerate(views):
             index, max_depth = self._slots[view.slot], min(view.max_depth, _MAX_DEPTH)
             if max_depth >= 1 and index.length >= 2:
-                own = (index.tokens, index.links, index.length, index.origin)
+                own = (index.tokens, index.links, index.heads, index.linked, index.length, index.origin)
                 end = _look_up(*own, max_depth, rates, tokens, parents, scores, sources, matches, end)
+                index.linked = index.length
             begins[place + 1] = end
         return Forest.proposed(tokens[:end], parents[:end], scores[:end], sources[:end], matches[:end], begins)
 
@@ -186,6 +188,8 @@ def _candidates(
 def _look_up(
     context: np.ndarray,
     links: np.ndarray,
+    heads: np.ndarray,
+    linked: int,
     length: int,
     origin: int,
     max_depth: int,
@@ -197,7 +201,8 @@ def _look_up(
     matches: np.ndarray,
     begin: int,
 ) -> int:
-    """Writes the scored candidates that are worth keeping from `begin` on; returns where they end."""
+    """Links what is new, and writes the scored candidates that are worth keeping from `begin` on; returns their end."""
+    _link(context, links, heads, linked, length)
     found, above, weights, lengths, origins = _candidates(context, links, length, origin, max_depth)
     estimates, keep = score(above, weights, lengths, origins, rates)
     place = np.empty(len(found), np.int32)
