@@ -19,6 +19,7 @@ from pipeline.errors import JobError, RasdError
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend, Faults
 from tests.jobs import retrying
+from tests.jobs.tables import table_of
 from tests.jobs.test_commit import crash_before_call
 from tests.jobs.test_look_at_job import last_record
 from tests.jobs.test_object_store import ROOT
@@ -57,13 +58,13 @@ def test_only_failed_rows_are_generated_and_the_others_stay(
     marks.mkdir()
     ledger.mkdir()
     assert run(words, output, cluster, Faults(deadly_prompt=f"tell me {DEADLY}", marks=str(marks))) == 0
-    before, storage = retrying.table_of(output), open_storage(output)
+    before, storage = table_of(output), open_storage(output)
     assert errors_of(before) == {BAD: "malformed_json", DEADLY: "killed_replica"}
     untouched = {commit.shard: commit for commit, _ in read_commits(storage) if commit and commit.shard > 1}
 
     with pytest.raises(RasdError, match="no such weights"):
         run(words, output, cluster, Faults(start_error="no such weights"), "--retry-errors")
-    assert retrying.table_of(output).equals(before), "taken back before anybody could do better"
+    assert table_of(output).equals(before), "taken back before anybody could do better"
     capsys.readouterr()
     assert run(words, output, cluster, Faults(ledger=str(ledger)), "--retry-errors") == 0
     _, record = last_record(capsys)
@@ -74,7 +75,7 @@ def test_only_failed_rows_are_generated_and_the_others_stay(
     assert (record["errors"], record["error_types"]) == (1, {"malformed_json": 1})
     attempts = json.loads(storage.read("plan.json") or b"")["attempts"]
     assert [attempt["retry_errors"] for attempt in attempts] == [False, True, True]
-    after = retrying.table_of(output)
+    after = table_of(output)
     assert errors_of(after) == {BAD: "malformed_json"}
     assert after["text"][DEADLY].as_py()
     others = pc.not_equal(before["row_index"], DEADLY)
@@ -101,7 +102,7 @@ def check_after_a_crash(output: str | Path, before: pa.Table) -> tuple[int, int]
         How many rows were still failed ones, and how many were safe.
     """
     safe = retrying.work(output, run=3, longest=9, is_retry=False)
-    after = retrying.table_of(output)
+    after = table_of(output)
     assert after["row_index"].to_pylist() == list(range(12))
     failed = errors_of(after)
     assert failed.items() <= errors_of(before).items()
@@ -109,7 +110,7 @@ def check_after_a_crash(output: str | Path, before: pa.Table) -> tuple[int, int]
     assert after.filter(fine).equals(before.filter(fine))
     assert open_storage(output).progress_shards() == set()
     assert retrying.work(output, run=4, longest=9, is_retry=True) == 3 * len(failed)
-    assert errors_of(retrying.table_of(output)) == {}
+    assert errors_of(table_of(output)) == {}
     return len(failed), safe
 
 
@@ -122,7 +123,7 @@ def test_crash_before_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None
         output = tmp_path / str(step)
         output.mkdir()
         retrying.work(output, run=1, longest=3, is_retry=False)
-        before = retrying.table_of(output)
+        before = table_of(output)
         assert errors_of(before).keys() == set(retrying.FAILING)
         has_crashed = crash_before_call(
             step,
@@ -141,7 +142,7 @@ def test_crash_before_any_request_loses_and_doubles_nothing(uri: str) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     retrying.work(f"{uri}/undisturbed", run=1, longest=3, is_retry=False)
-    before = retrying.table_of(f"{uri}/undisturbed")
+    before = table_of(f"{uri}/undisturbed")
     outcomes = {check_after_a_crash(f"{uri}/{number}", before) for number in range(1, int(done.stdout) + 1)}
     # The old record stays until a new one replaces it.
     assert outcomes == {(2, 0), (1, 0), (0, 0)}
@@ -158,7 +159,7 @@ def test_a_part_that_is_not_what_was_committed_is_no_source_of_rows(
     with caplog.at_level(logging.WARNING):
         assert retrying.work(tmp_path, run=2, longest=9, is_retry=True) == 3, "those of the other shard"
     assert "part-000000.parquet is not what was committed" in caplog.text
-    assert errors_of(retrying.table_of(tmp_path)) == {}
+    assert errors_of(table_of(tmp_path)) == {}
 
 
 def test_a_shard_whose_rows_cannot_be_kept_stays_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
