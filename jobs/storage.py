@@ -5,7 +5,6 @@ The rest of `jobs` says what must happen to plan, parts and records; a storage k
 """
 
 import json
-import os
 import re
 import shutil
 import stat
@@ -21,7 +20,7 @@ from actors.rows import ShardResult
 from actors.shard_progress import PROGRESS
 from jobs.files import create_json, write_json, writing
 from jobs.lease import Lease, live_holder
-from pipeline.durable import fsync
+from pipeline.durable import fsync, replace_text
 from pipeline.errors import JobError
 
 COMMITS = "_commits"
@@ -196,10 +195,8 @@ class LocalStorage:
 
     def write_text(self, key: str, text: str) -> None:
         path = self.directory / key
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with writing(path):
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)  # who looks at it while it is written sees the old one
+            replace_text(path, text)
 
     def create(self, key: str, value: Mapping[str, Any]) -> bool:
         create_json(self.directory / key, value)  # raises JobError if it exists: under the lock, nobody else made it

@@ -15,7 +15,7 @@ from numba import njit
 from pipeline.acceptance import MAX_MATCH, AcceptanceTable, score
 from pipeline.forest import Forest
 from pipeline.proposal import SlotView
-from pipeline.tree import SOURCES
+from pipeline.tree import SOURCES, renumbered
 
 _MAX_LINKS = 256
 _MAX_UNIGRAM_LINKS = 8
@@ -205,12 +205,8 @@ def _look_up(
     _link(context, links, heads, linked, length)
     found, above, weights, lengths, origins = _candidates(context, links, length, origin, max_depth)
     estimates, keep = score(above, weights, lengths, origins, rates)
-    place = np.empty(len(found), np.int32)
-    end = begin
-    for i in range(len(found)):
-        if keep[i]:
-            place[i] = end - begin
-            tokens[end], scores[end], sources[end], matches[end] = found[i], estimates[i], origins[i], lengths[i]
-            parents[end] = place[above[i]] if above[i] >= 0 else -1
-            end += 1
-    return end
+    kept = np.flatnonzero(keep)
+    own = slice(begin, begin + len(kept))
+    tokens[own], parents[own], scores[own] = found[kept], renumbered(above, keep), estimates[kept]
+    sources[own], matches[own] = origins[kept], lengths[kept]
+    return begin + len(kept)

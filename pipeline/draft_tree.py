@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from pipeline.forest import Forest
-from pipeline.tree import SOURCES, TokenTree
+from pipeline.tree import SOURCES, TokenTree, renumbered
 
 _SOURCE = SOURCES.index("draft")
 _ROOM = 320  # nodes, before more is needed: five levels of 8 x 8
@@ -167,17 +167,6 @@ def _likeliest(
     nodes: np.ndarray, logprobs: np.ndarray, count: int, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """See `GrowingTree.likeliest`; of equal nodes the first are taken, so parents come with their children."""
-    size = min(count, most)
     keep = np.ones(count, np.bool_)
-    if size < count:
-        keep[np.argsort(-logprobs[1, :count], kind="mergesort")[size:]] = False
-    tokens, parents, kept = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
-    place = np.empty(count, np.int32)
-    at = 0
-    for i in range(count):
-        if keep[i]:
-            place[i] = at
-            tokens[at], kept[at] = nodes[0, i], logprobs[0, i]
-            parents[at] = place[nodes[1, i]] if nodes[1, i] >= 0 else -1
-            at += 1
-    return tokens, parents, kept
+    keep[np.argsort(-logprobs[1, :count], kind="mergesort")[most:]] = False
+    return nodes[0, :count][keep], renumbered(nodes[1, :count], keep), logprobs[0, :count][keep]

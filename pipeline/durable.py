@@ -30,6 +30,13 @@ def write_beside(path: Path, value: Mapping[str, Any]) -> Path:
     return temporary
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace `path` by text that nobody relies on: who reads it meanwhile sees the old one; it is not synced."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def replace_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` by the JSON of `value`; after a crash it holds the old text or the new one."""
     write_beside(path, value).replace(path)

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 from numba import njit
 
-from pipeline.tree import EMPTY_TREE, LEAST_EVIDENCE, SOURCES, TokenTree
+from pipeline.tree import EMPTY_TREE, LEAST_EVIDENCE, SOURCES, TokenTree, renumbered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,16 +169,11 @@ def _pruned(
     kept = np.flatnonzero(keep)
     new_parents = np.empty(len(kept), np.int32)
     new_begins = np.zeros_like(begins)
-    place = np.empty(len(keep), np.int32)  # of a kept node within its pruned tree
-    at = 0
     for tree in range(len(begins) - 1):
-        first, new_first = begins[tree], at
-        for i in range(first, begins[tree + 1]):
-            if keep[i]:
-                place[i] = at - new_first
-                new_parents[at] = place[first + parents[i]] if parents[i] >= 0 else -1
-                at += 1
-        new_begins[tree + 1] = at
+        own = slice(begins[tree], begins[tree + 1])
+        above = renumbered(parents[own], keep[own])
+        new_begins[tree + 1] = new_begins[tree] + len(above)
+        new_parents[new_begins[tree] : new_begins[tree + 1]] = above
     return tokens[kept], new_parents, scores[kept], evidence[kept], matches[kept], new_begins
 
 

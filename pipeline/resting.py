@@ -26,7 +26,7 @@ _SHORT_WARM_UP, _SHORT_TRIAL = 8, 8
 _RUN_UP, _LONGEST_RUN_UP = 64, 256
 _SHORTEST, _LONGEST = 128, 2048  # rounds of rest between two trials of speculation
 _DEAR = 0.3  # of what a slot's share of a plain pass takes: a row that adds so much is rarely earned back
-_FAR = 3
+_FAR = 3  # times as many rows, to tell what one adds
 _CERTAIN = 1.1  # speculation worth more needs no comparison: rest is worth 1 at most
 
 

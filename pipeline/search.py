@@ -13,7 +13,7 @@ from pipeline.acceptance import MAX_MATCH, AcceptanceTable, score
 from pipeline.forest import Forest, fuse_forests
 from pipeline.lookup import Lookup
 from pipeline.proposal import SlotView
-from pipeline.tree import SOURCES, node_depths
+from pipeline.tree import SOURCES, node_depths, renumbered
 
 
 class Searcher(Protocol):
@@ -104,21 +104,17 @@ def _trees_of(
     n = len(tokens)
     new_parents, scores = np.empty(n, np.int32), np.empty(n, np.float32)
     matches, sources = np.empty(n, np.int16), np.full(n, source, np.int8)
-    keep, place = np.zeros(n, np.bool_), np.empty(n, np.int32)
+    keep = np.zeros(n, np.bool_)
     begins = np.zeros_like(offsets)
     for tree in range(len(match_lengths)):
         begin, end = offsets[tree], offsets[tree + 1]
         own = slice(begin, end)
         matches[own] = np.minimum(match_lengths[tree] + node_depths(parents[own]) - 1, MAX_MATCH)
         scores[own], keep[own] = score(parents[own], counts[own], matches[own], sources[own], rates)
-        size = 0
         for i in range(begin, end):
-            parent = parents[i]
-            keep[i] = keep[i] and tokens[i] < vocab_size and (parent < 0 or keep[begin + parent])
-            if keep[i]:
-                place[i] = size
-                new_parents[i] = place[begin + parent] if parent >= 0 else -1
-                size += 1
-        begins[tree + 1] = begins[tree] + size
+            keep[i] = keep[i] and tokens[i] < vocab_size and (parents[i] < 0 or keep[begin + parents[i]])
+        above = renumbered(parents[own], keep[own])
+        begins[tree + 1] = begins[tree] + len(above)
+        new_parents[begins[tree] : begins[tree + 1]] = above
     kept = np.flatnonzero(keep)
-    return tokens[kept], new_parents[kept], scores[kept], sources[kept], matches[kept], begins
+    return tokens[kept], new_parents[: len(kept)], scores[kept], sources[kept], matches[kept], begins

@@ -129,11 +129,23 @@ def places_in(
     return places
 
 
+@njit(cache=True, nogil=True)
+def renumbered(parents: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """[K] int32 parents of the nodes with `keep` set, [N] bool, numbered among these. A kept node's parent is kept."""
+    place = np.empty(len(parents), np.int32)
+    new = np.empty(len(parents), np.int32)
+    size = 0
+    for i in range(len(parents)):
+        if keep[i]:
+            place[i] = size
+            new[size] = place[parents[i]] if parents[i] >= 0 else -1
+            size += 1
+    return new[:size]
+
+
 def prune(tree: TokenTree, keep: np.ndarray) -> TokenTree:
     """The nodes with `keep` set, [N] bool. A kept node's parent must be kept."""
     if keep.all():
         return tree
-    renumber = np.cumsum(keep, dtype=np.int32) - 1
-    parents = tree.parents[keep]
-    parents = np.where(parents >= 0, renumber[parents], -1).astype(np.int32)
+    parents = renumbered(tree.parents, keep)
     return TokenTree(tree.tokens[keep], parents, tree.scores[keep], tree.evidence[keep], tree.matches[keep])

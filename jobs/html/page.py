@@ -10,6 +10,7 @@ from jobs.html import charts, trails
 from jobs.html.document import TIMES, Section, document, escape, legend, table
 from jobs.html.parts import facts, machine_line, round_time, tokens_a_round
 from jobs.measured import Row
+from pipeline.durable import replace_text
 from pipeline.provenance import ANY
 
 REPORT = "report.html"
@@ -21,10 +22,8 @@ Methods = Mapping[str, Any]  # of one number of slots
 
 def write_report(output: Path, record: Record, rows: Sequence[Row]) -> None:
     """Replaces the report; raises JobError if it cannot be written."""
-    temporary = output / f"{REPORT}.tmp"
     with writing(output / REPORT):
-        temporary.write_text(render(record, rows), encoding="utf-8")
-        temporary.replace(output / REPORT)
+        replace_text(output / REPORT, render(record, rows))
 
 
 def render(record: Record, rows: Sequence[Row]) -> str:
