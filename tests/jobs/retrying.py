@@ -8,7 +8,7 @@ from jobs.config import GenerateConfig
 from jobs.retry import reopen_failed
 from jobs.storage import Storage, open_storage
 from tests.fakes import FakeReplica, Faults
-from tests.jobs.test_commit import SCHEMA
+from tests.jobs.parts import SCHEMA
 
 ROWS_A_SHARD = 4
 FAILING = (1, 10)  # in shards 0 and 2 of three

@@ -3,41 +3,27 @@
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.parts import PartWriter, finish_shard
-from actors.records import failed_record, generated_record, output_schema, passthrough_names
-from actors.rows import InputRow, RowFailure, ShardResult, ShardStats, ShardTask
+from actors.parts import PartWriter
+from actors.records import failed_record, passthrough_names
+from actors.rows import InputRow, RowFailure, ShardStats
 from jobs import lease as lease_module
 from jobs.commit import CommitLog, read_commits
 from jobs.files import write_json
 from jobs.lease import Lease
 from pipeline.errors import ConfigError, JobError
-from tests.fakes import fake_generation
-
-SCHEMA = output_schema(["prompt"], pa.schema([("text", pa.string())]), logprobs=False)
-
-
-def write_part(log: CommitLog, shard: int, attempt: int = 0, rows: int = 3) -> ShardResult:
-    """What a replica does with a shard."""
-    path = str(log.part_path(shard, attempt))
-    task = ShardTask(shard, attempt, (), path, SCHEMA.serialize().to_pybytes())
-    writer = PartWriter(task.part_path, task.schema)
-    for index in reversed(range(shard * rows, (shard + 1) * rows)):
-        row = InputRow(index, str(index), prompt=f"prompt {index}", extra={"input_text": "kept"})
-        writer.add(generated_record(row, 0, (1 << 64) - 1, fake_generation(row.prompt or "", 0)))
-    return finish_shard(task, writer, 0.1)
+from tests.jobs.crashing_commits import crash_at_each_step
+from tests.jobs.parts import SCHEMA, write_part
 
 
 def test_part_file_is_sorted_typed_and_described(tmp_path: Path) -> None:
@@ -133,52 +119,13 @@ def test_full_disk_is_an_error_and_leaves_no_half_file(tmp_path: Path) -> None:
     assert not (tmp_path / "plan.json").exists()
 
 
-def crash_before_call(number: int, work: Callable[[], None]) -> bool:
-    """Run `work` in a child that kills itself before its `number`-th durable step; whether it got that far."""
-    child = os.fork()
-    if child == 0:
-        calls = 0
-
-        def counted(function: Callable[..., object]) -> Callable[..., object]:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **options)
-
-            return call
-
-        for name in ("fsync", "replace", "link", "unlink", "rename", "open"):
-            setattr(os, name, counted(getattr(os, name)))
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)
-    return status != 0
-
-
 @pytest.mark.chaos
 def test_crash_before_any_step_of_a_commit_loses_and_doubles_nothing(tmp_path: Path) -> None:
     """Kill before each step in turn; the next driver finds shard 0 whole or absent, and can finish the job."""
-
-    def commit_one(output: Path) -> None:
-        with Lease(output) as lease:
-            log = CommitLog(output, lease)
-            log.open()
-            log.commit(write_part(log, 0, attempt=1))
-
-    step, outcomes = 0, set()
-    has_crashed = True
-    while has_crashed:
-        step += 1
+    outcomes = set()
+    num_steps = crash_at_each_step(str(tmp_path), "commit")
+    for step in range(1, num_steps + 1):
         output = tmp_path / str(step)
-        output.mkdir()
-        has_crashed = crash_before_call(step, lambda output=output: commit_one(output))  # type: ignore[misc]
         with Lease(output) as lease:
             log = CommitLog(output, lease)
             done = log.open()
@@ -193,7 +140,7 @@ def test_crash_before_any_step_of_a_commit_loses_and_doubles_nothing(tmp_path: P
         assert table["row_index"].to_pylist() == [0, 1, 2, 3, 4, 5]
         names = {path.name for path in output.iterdir()}
         assert names == {"_commits", "_lease.lock", "part-000000.parquet", "part-000001.parquet"}
-    assert step > 10
+    assert num_steps > 10
     assert outcomes == {0, 1}
 
 

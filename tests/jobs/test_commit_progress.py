@@ -10,7 +10,7 @@ from actors.shard_progress import ShardProgress
 from jobs.commit import CommitLog
 from jobs.storage import HeldLease, Storage, open_storage
 from tests.actors.test_shard_progress import a_record
-from tests.jobs.test_commit import SCHEMA, write_part
+from tests.jobs.parts import SCHEMA, write_part
 
 FINGERPRINT = {"seed": 0}
 

@@ -17,7 +17,7 @@ from jobs.commit import CommitLog, read_commits
 from jobs.object_lease import LEASE, ObjectLease
 from jobs.storage import open_storage
 from pipeline.errors import ConfigError, JobError
-from tests.jobs.test_commit import write_part
+from tests.jobs.parts import write_part
 from tests.jobs.test_object_store import ROOT
 
 

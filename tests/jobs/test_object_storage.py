@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,8 +18,8 @@ from jobs.commit import CommitLog, read_commits, record_key
 from jobs.object_lease import check_conditions
 from jobs.storage import Storage, open_storage
 from pipeline.errors import ConfigError, JobError
-from tests.jobs.test_commit import write_part
-from tests.jobs.test_object_store import ROOT
+from tests.jobs.crashing_commits import crash_at_each_step
+from tests.jobs.parts import write_part
 
 
 class Stalled:
@@ -69,11 +67,8 @@ def test_a_store_without_conditions_is_refused(
 
 @pytest.mark.chaos
 def test_crash_before_any_request_of_a_commit_loses_and_doubles_nothing(uri: str) -> None:
-    command = [sys.executable, "-m", "tests.jobs.crashing_commits", uri, "commit"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    outcomes = set()
-    for number in range(1, int(done.stdout) + 1):
+    num_requests, outcomes = crash_at_each_step(uri, "commit"), set()
+    for number in range(1, num_requests + 1):
         storage = open_storage(f"{uri}/{number}")
         with storage.lease() as lease:
             log = CommitLog(storage, lease)
@@ -86,7 +81,7 @@ def test_crash_before_any_request_of_a_commit_loses_and_doubles_nothing(uri: str
         assert rows_of(storage) == [0, 1, 2, 3, 4, 5]
         assert len(part_names(storage)) == 2
         assert storage.names() - part_names(storage) == {"_commits", "_lease"}
-    assert int(done.stdout) > 15
+    assert num_requests > 15
     assert outcomes == {0, 1}
 
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,9 @@ from pipeline.errors import JobError, RasdError
 from tests.fake_rasd import parse
 from tests.fakes import FakeBackend, Faults
 from tests.jobs import retrying
+from tests.jobs.crashing_commits import crash_at_each_step, fail_some
 from tests.jobs.tables import table_of
-from tests.jobs.test_commit import crash_before_call
 from tests.jobs.test_look_at_job import last_record
-from tests.jobs.test_object_store import ROOT
 
 DEADLY, BAD = 9, 3  # rows: one ends replicas, as long as they have too little memory for it; one is malformed
 
@@ -95,6 +92,14 @@ def test_without_errors_the_flag_does_nothing(tmp_path: Path, words: list[str], 
     assert json.loads((output / "report.json").read_text())["retried_rows"] == 0
 
 
+def undisturbed(target: str) -> pa.Table:
+    """What each output below a target had before its crash."""
+    fail_some(f"{target}/undisturbed")
+    before = table_of(f"{target}/undisturbed")
+    assert errors_of(before).keys() == set(retrying.FAILING)
+    return before
+
+
 def check_after_a_crash(output: str | Path, before: pa.Table) -> tuple[int, int]:
     """A run without the flag finishes the job: nothing is lost, doubled or generated for nothing.
 
@@ -116,19 +121,11 @@ def check_after_a_crash(output: str | Path, before: pa.Table) -> tuple[int, int]
 
 @pytest.mark.chaos
 def test_crash_before_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    step, outcomes = 0, set()
-    has_crashed = True
-    while has_crashed:
-        step += 1
+    num_steps = crash_at_each_step(str(tmp_path), "retry")
+    before = undisturbed(str(tmp_path))
+    outcomes = set()
+    for step in range(1, num_steps + 1):
         output = tmp_path / str(step)
-        output.mkdir()
-        retrying.work(output, run=1, longest=3, is_retry=False)
-        before = table_of(output)
-        assert errors_of(before).keys() == set(retrying.FAILING)
-        has_crashed = crash_before_call(
-            step,
-            lambda output=output: retrying.work(output, run=2, longest=9, is_retry=True),  # type: ignore[misc]
-        )
         outcomes.add(check_after_a_crash(output, before))
         names = {path.name for path in output.iterdir() if not path.name.startswith("part-")}
         assert names == {"_commits", "_lease.lock"}
@@ -138,12 +135,9 @@ def test_crash_before_any_step_loses_and_doubles_nothing(tmp_path: Path) -> None
 
 @pytest.mark.chaos
 def test_crash_before_any_request_loses_and_doubles_nothing(uri: str) -> None:
-    command = [sys.executable, "-m", "tests.jobs.crashing_commits", uri, "retry"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    retrying.work(f"{uri}/undisturbed", run=1, longest=3, is_retry=False)
-    before = table_of(f"{uri}/undisturbed")
-    outcomes = {check_after_a_crash(f"{uri}/{number}", before) for number in range(1, int(done.stdout) + 1)}
+    num_requests = crash_at_each_step(uri, "retry")
+    before = undisturbed(uri)
+    outcomes = {check_after_a_crash(f"{uri}/{number}", before) for number in range(1, num_requests + 1)}
     # The old record stays until a new one replaces it.
     assert outcomes == {(2, 0), (1, 0), (0, 0)}
 
