@@ -2,6 +2,9 @@
 
 Ray puts `ray_` before each name and `_total` behind a counter's. Replicas count what they do as they finish rows, the
 driver what it commits; a lost replica's rows are done and counted again, so only `report.json` counts a row once.
+
+A node's agent forgets a gauge that its process has not set for two report intervals (20 seconds, if Ray's
+`metrics_report_interval_ms` is left alone), so a gauge is set at every report of progress, changed or not.
 """
 
 from collections.abc import Iterable, Mapping
@@ -111,7 +114,12 @@ class ReplicaMetrics:
             count("rasd_accepted", accepted, source=source)
         if error_type is not None:
             count("rasd_error_rows", row.errors, error_type=error_type)
-        self._metrics.set("rasd_tau", total.tau)
+        self.working(total)
+
+    def working(self, total: ShardStats) -> None:
+        """The replica is there, and so far with its rows."""
+        if total.rounds:
+            self._metrics.set("rasd_tau", total.tau)
 
     def missed(self, calls: int) -> None:
         """So many calls of a retrieval service had no whole answer."""
@@ -128,7 +136,12 @@ class JobMetrics:
     def __init__(self, num_shards: int, method: str, job: str) -> None:
         self._launched: set[int] = set()
         self._metrics = _Metrics(JOB_METRICS, {"rasd_job": job, "method": method})
-        self._metrics.set("rasd_shards", num_shards)
+        self._num_shards = num_shards
+        self.working()
+
+    def working(self) -> None:
+        """The driver is there."""
+        self._metrics.set("rasd_shards", self._num_shards)
 
     def committed(self, rows: int) -> None:
         """A shard of so many output rows is committed."""

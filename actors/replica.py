@@ -121,6 +121,7 @@ class Replica:
     def progress(self) -> ShardStats:
         """Totals of all rows finished since the start."""
         with self._stats_lock:
+            self._metrics.working(self._stats)
             return self._stats
 
     def stop(self) -> list[dict[str, Any]]:

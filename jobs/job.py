@@ -116,6 +116,7 @@ class Job:
     def progressed(self, stats: ShardStats) -> None:
         """See `Watcher`."""
         self._progress.show(stats)
+        self._metrics.working()
 
     def committed(self, commit: Commit) -> None:
         """See `Watcher`."""

@@ -10,6 +10,7 @@ from pathlib import Path
 # Read when these packages are imported, so set before any of them is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # not every ten seconds, for which tests would wait
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # GPU kernels run in Triton's interpreter
 if "PYTEST_XDIST_WORKER" in os.environ:

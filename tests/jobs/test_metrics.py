@@ -6,16 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from actors.metrics import JOB_METRICS, REPLICA_METRICS
+from actors.metrics import JOB_METRICS, REPLICA_METRICS, JobMetrics, ReplicaMetrics
+from actors.rows import ShardStats
 
 ROOT = Path(__file__).parents[2]
 SPECS = {series: spec for spec in (*REPLICA_METRICS, *JOB_METRICS) for series in spec.series}
@@ -45,13 +49,43 @@ def total(samples: list[Sample], name: str, **labels: str) -> float:
     return sum(value for found, its, value in samples if found == name and labels.items() <= its.items())
 
 
-def wait_for(endpoint: str, output: Path, is_there: Callable[[list[Sample]], bool]) -> list[Sample]:
-    """The job's samples once that holds; agents get them every few seconds."""
-    deadline = time.monotonic() + 60
-    while not is_there(samples := samples_of(endpoint, output)):
-        assert time.monotonic() < deadline, samples
-        time.sleep(0.2)
-    return samples
+class Scrapes:
+    """A job's series as Prometheus has them: the last sample of each, also of what has ended since."""
+
+    def __init__(self, endpoint: str, output: Path) -> None:
+        self._endpoint, self._output = endpoint, output
+        self._last: dict[tuple[str, frozenset[tuple[str, str]]], Sample] = {}
+
+    def take(self) -> list[Sample]:
+        """Scrape once."""
+        for sample in samples_of(self._endpoint, self._output):
+            self._last[sample[0], frozenset(sample[1].items())] = sample
+        return list(self._last.values())
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Scrape all the time: a gauge is there for two seconds after its process has ended."""
+        has_ended = threading.Event()
+
+        def repeat() -> None:
+            while not has_ended.wait(0.5):
+                self.take()
+
+        with ThreadPoolExecutor(1) as pool:
+            scraping = pool.submit(repeat)
+            try:
+                yield
+            finally:
+                has_ended.set()
+        scraping.result()
+
+    def wait_for(self, is_there: Callable[[list[Sample]], bool]) -> list[Sample]:
+        """The samples once that holds; agents get them every second."""
+        deadline = time.monotonic() + 60
+        while not is_there(samples := self.take()):
+            assert time.monotonic() < deadline, samples
+            time.sleep(0.2)
+        return samples
 
 
 def test_a_jobs_metrics_are_its_reports_figures(tmp_path: Path, cluster: str, endpoint: str) -> None:
@@ -62,11 +96,13 @@ def test_a_jobs_metrics_are_its_reports_figures(tmp_path: Path, cluster: str, en
     words += ["--max-new-tokens", "24", "--rows-per-shard", "2", "--slots", "2", "--budget", "8", "--num-replicas", "1"]
     words += ["--method", "rasd", "--retrieval", "shared", "--quiet", "--ray-address", cluster]
     command = [sys.executable, "-m", "jobs.cli", "generate", *words, "--log-format", "json"]
-    done = subprocess.run(command, cwd=ROOT, check=True, timeout=250, capture_output=True, text=True)
+    scrapes = Scrapes(endpoint, output)
+    with scrapes.repeated():
+        done = subprocess.run(command, cwd=ROOT, check=True, timeout=250, capture_output=True, text=True)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["accepted"] > 0
 
-    samples = wait_for(endpoint, output, lambda found: have_all_told(found, report["rows"]))
+    samples = scrapes.wait_for(lambda found: have_all_told(found, report["rows"]))
     totals = {name: total(samples, f"ray_rasd_{name}_total") for name in ("rows", "rounds", "drafted", "accepted")}
     assert totals == {name: report[name] for name in totals}
     assert total(samples, "ray_rasd_output_tokens_total") == report["tokens"]
@@ -139,8 +175,11 @@ def test_a_replica_in_place_of_a_killed_one_is_counted(tmp_path: Path, cluster: 
             time.sleep(0.02)
         attempt = json.loads((output / "plan.json").read_text())["attempts"][-1]
         os.kill(attempt["replicas"][0]["pid"], signal.SIGKILL)
+        scrapes = Scrapes(endpoint, output)
+        with scrapes.repeated():
+            process.wait(120)
     assert process.returncode == 0
-    samples = wait_for(endpoint, output, lambda found: total(found, "ray_rasd_rows_committed_total") >= 800)
+    samples = scrapes.wait_for(lambda found: total(found, "ray_rasd_rows_committed_total") >= 800)
     assert total(samples, "ray_rasd_replica_restarts_total", replica="0") == 1
     assert total(samples, "ray_rasd_shards_committed_total") == total(samples, "ray_rasd_shards") == 200
 
@@ -161,13 +200,61 @@ def test_a_replica_that_dies_before_it_is_ready_is_counted(tmp_path: Path, clust
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL, timeout=120, check=True)
     restarts = "ray_rasd_replica_restarts_total"
-    samples = wait_for(
-        endpoint,
-        output,
+    samples = Scrapes(endpoint, output).wait_for(
         lambda found: total(found, "ray_rasd_rows_committed_total") >= 16 and total(found, restarts) > 1,
     )
     found = [sample for sample in samples if sample[0] == restarts]
     assert total(found, restarts, replica="0") == 2, found
+
+
+def test_gauges_are_told_as_long_as_their_process_works(cluster: str, endpoint: str, tmp_path: Path) -> None:
+    """The agent here forgets what was not set for two seconds; the job and its replica do nothing for longer."""
+    ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
+    try:
+        job, replica = JobMetrics(3, "rasd", str(tmp_path)), ReplicaMetrics(0, "rasd", str(tmp_path))
+        total_stats = ShardStats(rows=1, samples_ok=1, output_tokens=9, rounds=4)
+        replica.finished(total_stats, total_stats, None)
+        begin = time.monotonic()
+        told: dict[str, float] = {}
+        while time.monotonic() < begin + 6 or told != {"ray_rasd_shards": 3, "ray_rasd_tau": 2}:
+            assert time.monotonic() < begin + 60, told
+            job.working()
+            replica.working(total_stats)
+            time.sleep(0.5)
+            samples = samples_of(endpoint, tmp_path)
+            told = {name: value for name, _, value in samples if name in ("ray_rasd_shards", "ray_rasd_tau")}
+        wait_until_gone(endpoint, tmp_path, {"ray_rasd_shards", "ray_rasd_tau"})
+    finally:
+        ray.shutdown()
+
+
+def wait_until_gone(endpoint: str, output: Path, names: set[str]) -> None:
+    """Without that they are forgotten."""
+    deadline = time.monotonic() + 30
+    while names & {name for name, _, _ in samples_of(endpoint, output)}:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.chaos
+def test_a_job_is_told_of_while_it_waits(tmp_path: Path, cluster: str, endpoint: str) -> None:
+    """Its number of shards, which nothing changes, also seconds after it began."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("prompt\n" * 8)
+    words = ["1", "--model", "m", "--prompts", str(prompts), "--output", str(output), "--ray-address", cluster]
+    words += ["--num-replicas", "1", "--quiet", "--rows-per-shard", "8"]
+    scrapes = Scrapes(endpoint, output)
+    with subprocess.Popen([sys.executable, "-m", "tests.fake_rasd", *words], cwd=ROOT) as process:
+        scrapes.wait_for(lambda found: total(found, "ray_rasd_shards") == 1)
+        seen = []
+        while not list(output.glob("_commits/*.json")):
+            assert process.poll() is None
+            time.sleep(0.2)
+            seen.append(total(samples_of(endpoint, output), "ray_rasd_shards"))
+    assert process.returncode == 0
+    assert len(seen) > 20
+    late = seen[len(seen) // 2 :]
+    assert sum(late) > len(late) / 2, "a slow machine may miss some"
 
 
 def expressions() -> list[str]:
