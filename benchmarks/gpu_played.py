@@ -5,7 +5,8 @@ a recording's. So tokens a second are those that a trained pair of this shape, a
 have. Corpus lookups are replayed, too; the context is searched for real.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,21 @@ from transformers import PreTrainedModel
 from benchmarks.recorded_lookups import RecordedLookups
 from pipeline.acceptance import AcceptanceTable
 from pipeline.assemble import PAGE_SIZE, measure_step_times
+from pipeline.budget import StepTimes
+from pipeline.draft_forest import GrowingForest
 from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
-from pipeline.growth import Growth
 from pipeline.head import HeadConfig
 from pipeline.head_drafter import HeadDrafter
 from pipeline.head_files import new_head
 from pipeline.head_pass import Outputs
 from pipeline.methods import build, method_named
+from pipeline.proposal import SlotView
 from pipeline.replay import NoText, Recording, candidates, choices_along
 from pipeline.request import Request
 from pipeline.sampling import Choices
 from pipeline.scheduler import Work
+from pipeline.search import Searcher
 from pipeline.target import Forward, Target
 
 RECORDING, LOOKUPS = "recording.npz", "lookups.npz"
@@ -62,11 +66,10 @@ class PlayedEngine(Engine):
 class _PlayedHead(HeadDrafter):
     recording: Recording
 
-    def _level(self, working: dict[int, Growth], places: Any) -> Outputs:
-        logits, top = super()._level(working, places)
+    def _level(self, views: Sequence[SlotView], forest: GrowingForest, places: Any) -> Outputs:
+        logits, top = super()._level(views, forest, places)
         top.cpu()  # as a round waits for it
-        found = [candidates(self.recording, growth) for growth in working.values()]
-        logprobs, tokens = (np.concatenate(part) for part in zip(*found, strict=True))
+        logprobs, tokens = candidates(self.recording, views, forest)
         bits = logprobs.astype(np.float32).view(np.int32)
         return logits, torch.from_numpy(np.stack([bits, tokens.astype(np.int32)], axis=1))
 
@@ -76,17 +79,21 @@ def played_engine(
     recording: Recording,
     method_name: str,
     num_slots: int,
-    lookups: RecordedLookups,
+    searcher: Searcher,
     *,
     budget: int | None = None,
     is_static: bool | None = None,
+    times: StepTimes | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> PlayedEngine:
     """An engine over a model of any shape whose vocabulary holds the recording's.
 
     Args:
         recording: of greedy generations.
+        searcher: of corpora; live text is not searched.
         budget: see `pipeline.engine.EngineConfig`.
         is_static: see `pipeline.target.Target`.
+        times: of the target's passes; measured if not given.
     """
     assert recording.params.is_greedy and recording.vocab_size <= model.config.get_text_config().vocab_size
     method = method_named(method_name, {"draft", "corpus"})
@@ -100,13 +107,16 @@ def played_engine(
         target.read_states(shape.depths)
         drafter = _PlayedHead(head, num_pages, PAGE_SIZE, num_slots, recording.options, is_static=is_static)
         drafter.recording = recording
-    times = measure_step_times(target, num_slots) if method.sources and budget is None else None
+    if not method.sources or budget is not None:
+        times = None
+    elif times is None:
+        times = measure_step_times(target, num_slots)
     economy = None if times is None else Economy(times, recording.options.depth)
     acceptance = AcceptanceTable()
-    searchers = (lookups,) if "corpus" in method.sources else ()
+    searchers = (searcher,) if "corpus" in method.sources else ()
     proposers = build(method, acceptance, target.config.vocab_size, searchers, drafter, economy)
     config = EngineConfig(num_slots, budget if method.sources else 0, prefill_chunk=512, max_context=longest)
-    engine = PlayedEngine(target, NoText(), (), proposers, acceptance, config, times)
+    engine = PlayedEngine(target, NoText(), (), proposers, acceptance, config, times, clock)
     engine.recording = recording
     return engine
 

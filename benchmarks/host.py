@@ -1,48 +1,112 @@
-"""What a round takes on the host beside the models: retrieval, drafting's bookkeeping, fusion, selection, commit.
+"""What a round takes on the host beside the models, and what share of the round that is.
 
-    python -m benchmarks.host --recording R.npz --slots 1 8 32 128 --output host.json
+    python -m benchmarks.host --recording R.npz --datastore STORE --slots 1 8 32 128 --output host.json
 
-Replays a recording of `rasd simulate` in real time. The models stand still and are said to take what they take on a GPU
-(`gpu_passes.json`), so as much is drafted and verified as there would be. Lookups are made in this process; packing and
-launching passes is not in it.
+Whole rounds of the engine with passes of fixed sizes, as on a GPU, but the models stand still: they are said to take
+what they take there (`gpu_passes.json`), on a clock that goes on with the host's own time, and to say what a recording
+of `rasd simulate` holds. The host waits for them where it does there, and works beside them where it can. Lookups are
+made in this process. Launching passes is not in it.
 """
 
 import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.contestant import local_search
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import pipeline.engine
+from actors.searchers import LocalSearcher
+from benchmarks import gpu_played
 from benchmarks.common import report
+from benchmarks.gpu_played import PlayedEngine, played_engine, played_requests
 from datastore import Datastore
-from pipeline import replay
-from pipeline.methods import method_named
+from datastore.live import LiveStore
+from pipeline.budget import StepTimes
+from pipeline.graphs import Graphs
 from pipeline.phases import Phases
-from pipeline.replay import Costs, Recording, ReplayEngine
+from pipeline.replay import Recording
+from pipeline.search import Searcher
+from pipeline.static_row import Size
 
 _PASSES = Path(__file__).with_name("results") / "gpu_passes.json"
 _SHAPE = "llama-8b"
 _LEVEL_FIXED, _LEVEL_ROW = 8e-4, 3e-6  # seconds of a draft level
 _FULL = 0.9  # of the slots decode in rounds that count
+_REQUESTS_A_SLOT = 3
+_TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-class _Timed:
-    """Calls a function and keeps the time."""
+class Clock:
+    """Goes on with the host, which waits now and then for a device that works beside it.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.seconds = 0.0
+    Attributes:
+        models: seconds of the device's work so far.
+    """
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __init__(self) -> None:
+        self.models = 0.0
+        self._stood = 0.0  # what standing in for models took, which it leaves out
+        self._waited = 0.0
+        self._done_at = 0.0  # when all that was launched will be done
+
+    def __call__(self) -> float:
+        return self.host() + self._waited
+
+    def host(self) -> float:
+        """Seconds of the host's own work."""
+        return time.perf_counter() - self._stood
+
+    def launch(self, seconds: float) -> None:
+        """The device has so much more to do."""
+        self._done_at = max(self(), self._done_at) + seconds
+        self.models += seconds
+
+    def wait(self) -> None:
+        """Until the device has done all."""
+        self._waited += max(self._done_at - self(), 0.0)
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """What is done within is the models'."""
         begin = time.perf_counter()
         try:
-            return self._function(*arguments)
+            yield
         finally:
-            self.seconds += time.perf_counter() - begin
+            self._stood += time.perf_counter() - begin
+
+    def model(self, function: Callable[..., Any], *, waits: bool) -> Callable[..., Any]:
+        """The function as the models' work; the host waits for what was launched before."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if waits:
+                self.wait()
+            with self.standing_in():
+                return function(*arguments, **options)
+
+        return call
+
+
+class _Said(Graphs[Size, Any]):
+    """Graphs of which each is computed once."""
+
+    def __init__(self, graphs: Graphs[Size, Any], clock: Clock, seconds: Callable[[int], float]) -> None:
+        super().__init__(graphs._function, torch.device("cpu"))
+        self._clock = clock
+        self._seconds = seconds
+        self._outputs: dict[Size, Any] = {}
+
+    def __call__(self, key: Size) -> Any:
+        self._clock.launch(self._seconds(key.num_rows))
+        with self._clock.standing_in():
+            if key not in self._outputs:
+                self._outputs[key] = super().__call__(key)
+        return self._outputs[key]
 
 
 def main() -> None:
@@ -54,17 +118,19 @@ def main() -> None:
     arguments.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32, 128])
     arguments.add_argument("--output", type=Path)
     options = arguments.parse_args()
+    torch.set_num_threads(1)
     recording = Recording.load(options.recording)
     store = Datastore.open(options.datastore, dense=False) if options.datastore else None
+    searcher = LocalSearcher(store, LiveStore(recording.vocab_size))
     measured = []
     for name in options.methods:
-        host_times(recording, name, min(options.slots), store)  # compiles, or loads what was compiled
+        host_times(recording, name, 2, searcher)  # compiles, or loads what was compiled
         for slots in options.slots:
-            measured.append({"method": name, "slots": slots, **host_times(recording, name, slots, store)})
+            measured.append({"method": name, "slots": slots, **host_times(recording, name, slots, searcher)})
     report({"rows": len(recording.prompts), "measured": measured}, options.output)
 
 
-def gpu_costs(slots: int) -> Costs:
+def gpu_times(slots: int) -> StepTimes:
     """The large shape's passes as measured on a GPU with so many slots or fewer."""
     passes = json.loads(_PASSES.read_text("utf-8"))["shapes"][_SHAPE]["passes"]
     times = {
@@ -73,38 +139,85 @@ def gpu_costs(slots: int) -> Costs:
         if item["slots"] <= slots
     }
     rows = tuple(sorted(times))
-    return Costs(rows, tuple(times[row] for row in rows), _LEVEL_FIXED, _LEVEL_ROW)
+    return StepTimes(rows, [times[row] for row in rows])
 
 
-def host_times(recording: Recording, name: str, slots: int, store: Datastore | None) -> dict[str, Any]:
-    """Microseconds a round by phase, over rounds that are not at rest and have nearly all slots decoding."""
-    method = method_named(name, {"draft", "live"} | ({"corpus"} if store is not None else set()))
-    searchers, _live = local_search(method, store, recording.vocab_size)
-    recording = replace(recording, costs=gpu_costs(slots))
-    engine = ReplayEngine(recording, method, num_slots=slots, searchers=searchers)
-    engine.phases = Phases(time.perf_counter)
-    stand_in = _Timed(replay.candidates)  # what a draft model would say
-    original, replay.candidates = replay.candidates, stand_in
+def engine_with_models_still(
+    recording: Recording, name: str, slots: int, searcher: Searcher, clock: Clock
+) -> PlayedEngine:
+    """A played engine whose models take what they are said to."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**_TINY, num_key_value_heads=2, vocab_size=recording.vocab_size, max_position_embeddings=8192)
+    model = LlamaForCausalLM(config).eval()
+    times, true_times = gpu_times(slots), gpu_times(slots)
+    engine = played_engine(model, recording, name, slots, searcher, is_static=True, times=times, clock=clock)
+    target: Any = engine.target
+
+    def too_large(**inputs: Any) -> Any:
+        """A pass of more rows than any fixed size."""
+        clock.launch(float(true_times(inputs["input_ids"].shape[1])))
+        with clock.standing_in():
+            return model(**inputs)
+
+    target.model = too_large
+    target._passes._graphs = _Said(target._passes._graphs, clock, lambda rows: float(true_times(rows)))
+    if engine._reader is not None:
+        drafter: Any = engine.drafter
+        passes = drafter._passes
+        passes._graphs = _Said(passes._graphs, clock, lambda rows: _LEVEL_FIXED + _LEVEL_ROW * rows)
+        for part in ("features", "heads"):  # of what is noted for later, which is not captured
+            setattr(drafter._head, part, clock.model(getattr(drafter._head, part), waits=False))
+    engine.phases = Phases(clock.host)
+    return engine
+
+
+def host_times(recording: Recording, name: str, slots: int, searcher: Searcher) -> dict[str, Any]:
+    """The host's work a round in microseconds by phase, over rounds not at rest with nearly all slots decoding.
+
+    Also such a round's length and what the models are said to take of it; the share of the rest, in which the device
+    has nothing to do; and tokens a second of all rounds.
+    """
+    clock = Clock()
+    engine = engine_with_models_still(recording, name, slots, searcher, clock)
     spent: Counter[str] = Counter()
-    rounds = 0
-    try:
-        for request in engine.requests():
-            engine.submit(request)
+    rounds, models, whole = 0, 0.0, 0.0
+    for request in played_requests(recording, max(_REQUESTS_A_SLOT * slots, len(recording.prompts))):
+        engine.submit(request)
+    start, num_tokens = clock(), 0
+    with _standing_in(clock):
         while engine.has_work:
             is_full = len(engine._scheduler.decoding()) >= _FULL * slots
-            before, stood = Counter(engine.phases.seconds), stand_in.seconds
-            begin = time.perf_counter()
-            engine.step()
+            before, began = Counter(engine.phases.seconds), (clock.host(), clock(), clock.models)
+            num_tokens += sum(len(generation.token_ids) for generation in engine.step())
             if is_full and not engine._rests:
                 rounds += 1
-                spent["all"] += time.perf_counter() - begin - (stand_in.seconds - stood)
-                spent["draft"] -= stand_in.seconds - stood
+                spent["all"] += clock.host() - began[0]
+                whole += clock() - began[1]
+                models += clock.models - began[2]
                 for phase, seconds in engine.phases.seconds.items():
                     spent[phase] += seconds - before[phase]
+    return {
+        "rounds": rounds,
+        "us": {phase: round(1e6 * seconds / max(rounds, 1)) for phase, seconds in spent.items()},
+        "round_us": round(1e6 * whole / max(rounds, 1)),
+        "models_us": round(1e6 * models / max(rounds, 1)),
+        "share": round(1.0 - models / max(whole, 1e-9), 3),
+        "tokens_per_second": round(num_tokens / (clock() - start), 1),
+    }
+
+
+@contextmanager
+def _standing_in(clock: Clock) -> Iterator[None]:
+    """What says in the models' stead what was recorded takes no time of the host."""
+    places = [(gpu_played, "candidates", True), (gpu_played, "choices_along", False), (pipeline.engine, "choose", True)]
+    originals = [getattr(module, name) for module, name, _ in places]
+    for (module, name, waits), original in zip(places, originals, strict=True):
+        setattr(module, name, clock.model(original, waits=waits))
+    try:
+        yield
     finally:
-        replay.candidates = original
-    spent["all"] -= spent.pop("verify", 0.0)  # the target's stand-in
-    return {"rounds": rounds, "us": {phase: round(1e6 * seconds / max(rounds, 1)) for phase, seconds in spent.items()}}
+        for (module, name, _), original in zip(places, originals, strict=True):
+            setattr(module, name, original)
 
 
 if __name__ == "__main__":

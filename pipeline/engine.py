@@ -17,10 +17,11 @@ from pipeline.budget import StepTimes, select
 from pipeline.errors import JobError, RowError
 from pipeline.forest import Forest
 from pipeline.graphs import Graphs
+from pipeline.keeping import followed, kept_of
 from pipeline.methods import Proposers
-from pipeline.pages import PagePool, moved_index
+from pipeline.pages import PagePool
 from pipeline.phases import Phases
-from pipeline.proposal import Committed, FeatureDrafter
+from pipeline.proposal import FeatureDrafter
 from pipeline.provenance import Recorder
 from pipeline.request import Generation, Request
 from pipeline.retrieval import Retrieval
@@ -30,7 +31,7 @@ from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
 from pipeline.tree import TokenTree
-from pipeline.verify import Outcome, walk_forest
+from pipeline.verify import Outcome, Walk, walk_forest
 
 _SMOOTHING = 0.1  # of a round in moving averages
 _MOST_PREFILL = 0.5  # of a round's rows, for it to teach what rounds take: with many slots few have none
@@ -269,29 +270,19 @@ class Engine:
         """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
         began = self._clock()
         kept = self._emit_all(work, forward, choices)
-        moves: list[tuple[np.ndarray, np.ndarray]] = []
-        committed: list[Committed] = []
-        state_rows: list[np.ndarray] = []
-        for i, item in enumerate(work):
-            slot, run, accepted = item.slot, item.run, kept[i]
-            if self._reader is not None and self._rests and slot.is_followed and not self._rule.follows:
-                slot.is_followed = False
-                self._reader.release(slot.number)
-            if len(accepted) and accepted[-1] != len(accepted) - 1:
-                root_end, size = run.cached + len(run.known), self.target.cache.page_size
-                moves.append(moved_index(slot.pages, root_end, accepted, size))
-            slot.cached += len(run.known) + len(accepted)
-            if forward.states is not None and slot.is_followed:
-                rows = np.concatenate([np.arange(len(run.known)), len(run.known) + accepted])
-                tokens = slot.known[run.cached : run.cached + len(rows)]
-                committed.append(Committed(slot.number, slot.pages, run.cached, tokens))
-                state_rows.append(forward.state_begin[i] + rows)
-            self._scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
-        if moves:
-            self.target.move(*(np.concatenate(indices) for indices in zip(*moves, strict=True)))
-        if self._reader is not None and forward.states is not None and committed:
-            index = torch.from_numpy(np.concatenate(state_rows)).to(self.target.device)
-            self._reader.commit(committed, forward.states[index])
+        if self._reader is not None and self._rests and not self._rule.follows:
+            for item in work:
+                if item.slot.is_followed:
+                    item.slot.is_followed = False
+                    self._reader.release(item.slot.number)
+        if self._reader is not None or any(map(len, kept)):
+            self._keep(work, kept, forward)
+        pool = self._scheduler.pool
+        for item, accepted in zip(work, kept, strict=True):
+            slot, num_known = item.slot, len(item.run.known)
+            slot.cached += num_known + len(accepted)
+            if num_known > 1 or slot.finish_reason is not None or not pool.is_filling(slot.pages, slot.cached):
+                pool.publish(slot.pages, slot.known[: slot.cached])
         finished: list[Generation] = []
         for item in work:
             if item.slot.finish_reason is not None:
@@ -300,6 +291,16 @@ class Engine:
         self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
         return finished
 
+    def _keep(self, work: Sequence[Work], accepted: Sequence[np.ndarray], forward: Forward) -> None:
+        """Moves accepted nodes' keys and values to where they belong; tells the drafter the states of what is kept."""
+        slots, runs = [item.slot for item in work], [item.run for item in work]
+        kept = kept_of(runs, accepted, self.target.cache.page_size)
+        if len(kept.sources):
+            self.target.move(kept.sources, kept.targets)
+        if self._reader is not None and forward.states is not None and any(slot.is_followed for slot in slots):
+            committed, rows = followed(slots, runs, kept, forward.state_begin)
+            self._reader.commit(committed, forward.states[torch.from_numpy(rows).to(self.target.device)])
+
     def _emit_all(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[np.ndarray]:
         """Appends the round's tokens to all slots, and learns from them; returns the nodes kept of each, [A]."""
         self._emitted = 0
@@ -307,39 +308,36 @@ class Engine:
         emitting = [i for i, begin in enumerate(forward.begin) if begin >= 0]
         rows = np.array([forward.begin[i] for i in emitting], np.int64)
         verified = Forest.of([work[i].run.tree for i in emitting])
-        accepted, outcome = walk_forest(verified, choices.token_ids, rows)
+        walks = walk_forest(verified, choices.token_ids, rows)
         shown = [none] * len(self._proposed)
         kept = [none] * len(work)
-        for place, i in enumerate(emitting):
+        for i, walk in zip(emitting, walks, strict=True):
             slot = work[i].slot
             # A slot that gave way and computes its tokens again was no part of what was proposed.
             if slot.num_output > 0 and (proposed := self._places.get(slot.number)) is not None:
-                shown[proposed] = outcome[place]
-            kept[i] = self._emit(slot, work[i].run.tree, accepted[place], outcome[place], forward.begin[i], choices)
+                shown[proposed] = walk.tokens
+            kept[i] = self._emit(slot, work[i].run.tree, walk, forward.begin[i], choices)
         if not self._rests:
             shown_all = Outcome.of(shown)
             self._acceptance.observe(self._proposed, shown_all)
             self._rule.observe(self._proposed, shown_all)
         return kept
 
-    def _emit(
-        self, slot: Slot, tree: TokenTree, accepted: np.ndarray, along: np.ndarray, begin: int, choices: Choices
-    ) -> np.ndarray:
+    def _emit(self, slot: Slot, tree: TokenTree, walk: Walk, begin: int, choices: Choices) -> np.ndarray:
         """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A].
 
         Args:
-            along: [A + 1] the tokens; begin: row of the root's choice.
+            begin: row of the root's choice.
         """
-        is_round, length = slot.num_output > 0, slot.length
+        accepted, is_round, length = walk.nodes, slot.num_output > 0, slot.length
         logprobs = None if choices.logprobs is None else choices.logprobs[begin + np.array([0, *(accepted + 1)])]
-        slot.extend(along, logprobs)
+        slot.extend(walk.tokens, logprobs)
         new = slot.tokens[length : slot.length]
-        kept = accepted[: len(new)]
         self._emitted += len(new)
         if is_round:
-            slot.count_round(tree, kept)
+            slot.count_round(len(tree), walk.sources[: len(new)])
         if self.recorder is not None:
             self.recorder.emitted(slot.request.request_id, slot.rounds, tree, accepted, new)
         for retriever in self._retrievers:
             retriever.extend(slot.number, new)
-        return kept[: len(new) - 1] if slot.finish_reason is None else kept[:0]
+        return accepted[: len(new) - 1] if slot.finish_reason is None else accepted[:0]

@@ -5,22 +5,21 @@ share, copy and release are the head's too. Entries of committed tokens wait in 
 What is drafted goes to scratch pages behind the pool.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from pipeline.draft_tree import GrowingTree
-from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots, over_vocabulary
+from pipeline.draft_forest import GrowingForest
+from pipeline.growth import DraftOptions, Observer, grow, levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.head_entries import HeadEntries
 from pipeline.head_pass import HeadPasses, Outputs
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.pace import Pace
-from pipeline.packing import Run
-from pipeline.pages import PageRun
+from pipeline.packing import Runs
+from pipeline.pages import PageRun, block_table
 from pipeline.proposal import Committed, Draft, SlotView
-from pipeline.tree import EMPTY_TREE
 
 
 class HeadDrafter:
@@ -47,7 +46,7 @@ class HeadDrafter:
         is_static: bool | None = None,
     ) -> None:
         config = head.config
-        self.observer: Callable[[Growth], None] | None = None
+        self.observer: Observer | None = None
         self._head = head
         self._options = options
         self._page_size = page_size
@@ -71,77 +70,87 @@ class HeadDrafter:
         self._entries.copy(source, target)
 
     @torch.inference_mode()
-    def commit(self, committed: Sequence[Committed], states: torch.Tensor) -> None:
+    def commit(self, committed: Committed, states: torch.Tensor) -> None:
         """The target has computed these tokens."""
         self._entries.note(committed, states)
 
     @torch.inference_mode()
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
-        growths = {index: growth for index, view in enumerate(views) if (growth := self._begin(view)) is not None}
-        places = _Places(self._num_slots)
+        options = self._options
+        depths = [
+            min(options.depth, view.max_depth) if view.max_depth > 0 and self._entries.knows(view.slot) else 0
+            for view in views
+        ]
+        forest = GrowingForest(depths, options.width, options.branches)
+        places = _Places(views, [self._pages(view) for view in views], self._num_slots, options.num_scratch)
         root_logprobs: torch.Tensor | None = None
-        for level, working in levels(growths, self._options, pace, prepare=self._entries.write):
-            logits, top = self._level(working, places)
-            begins = np.cumsum([0, *(growth.num_rows for growth in working.values())])[:-1].tolist()
+        for level in levels(forest, pace, prepare=self._entries.write):
+            logits, top = self._level(views, forest, places)
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
-                root_logprobs = logprobs_at_roots(whole, begins, list(working), len(views))
-            grow(list(working.values()), logits, begins, self._options, self._head.token_ids, top)
+                root_logprobs = logprobs_at_roots(whole, forest.views, len(views))
+            grow(forest, views, logits, options, self._head.token_ids, top)
         if self.observer is not None:
-            for growth in growths.values():
-                self.observer(growth)
-        return Draft(drafted(growths, len(views), self._options), root_logprobs)
+            for index in np.flatnonzero(depths).tolist():
+                self.observer(views[index], *forest.tree(index))
+        return Draft(forest.likeliest(options.num_nodes), root_logprobs)
 
-    def _begin(self, view: SlotView) -> Growth | None:
-        depth = min(self._options.depth, view.max_depth)
-        if depth < 1 or not self._entries.knows(view.slot):
-            return None
+    def _pages(self, view: SlotView) -> PageRun:
+        """The pages of the tokens before the root, then the slot's scratch pages."""
         full = (len(view.tokens) - 1) // self._page_size  # pages before the root's
         held = view.pages.pages[: full + 1]
         if (len(view.tokens) - 1) % self._page_size == 0:
             held = held[:full]  # the root begins a page, which the slot may not have yet
         first = self._first_scratch + view.slot * self._scratch_pages
-        scratch = range(first, first + self._scratch_pages)
-        return Growth(view, PageRun(pages=[*held, *scratch]), GrowingTree(self._options.width), depth)
+        return PageRun(pages=[*held, *range(first, first + self._scratch_pages)])
 
-    def _level(self, working: dict[int, Growth], places: "_Places") -> Outputs:
-        """What `HeadPasses.run` gives for all nodes to be expanded, slot by slot."""
-        runs = [growth.run() if growth.tree.num_new else _root_run(growth) for growth in working.values()]
-        return self._passes.run(runs, places.before(working), places.take(working))
+    def _level(self, views: Sequence[SlotView], forest: GrowingForest, places: "_Places") -> Outputs:
+        """What `HeadPasses.run` gives for the frontier."""
+        return self._passes.run(places.runs(forest), *places.take(forest))
 
 
 class _Places:
-    """Which rows of the table of features belong to the nodes of all trees of a draft; a slot's own row has its number.
+    """Where a draft's roots and nodes lie: in the cache, and in the table of features.
 
     Args:
-        first: the first row for nodes.
+        pages: of each view.
+        num_slots: the table's first rows are the slots' own; those behind are for roots and nodes.
+        num_scratch: most nodes of a tree.
     """
 
-    def __init__(self, first: int) -> None:
-        self._next = first
-        self._rows: dict[int, np.ndarray] = {}  # by tree, of its root and expanded nodes
+    def __init__(self, views: Sequence[SlotView], pages: Sequence[PageRun], num_slots: int, num_scratch: int) -> None:
+        self._slots = np.array([view.slot for view in views], np.int64)
+        self._roots = np.array([view.tokens[-1] for view in views], np.int64)
+        self._cached = np.array([len(view.tokens) - 1 for view in views], np.int32)
+        self._table = block_table(pages)
+        self._next = num_slots
+        self._rows = np.empty((len(views), 1 + num_scratch), np.int64)  # of the root, then of the expanded nodes
 
-    def before(self, working: Mapping[int, Growth]) -> np.ndarray:
-        """[M] int64 row of the token before each node to be expanded: of a root the slot's."""
-        return np.concatenate([self._before(index, growth) for index, growth in working.items()])
+    def runs(self, forest: GrowingForest) -> Runs:
+        """What a level has to compute: the frontier, below what was computed before."""
+        views, (tokens, parents, num_nodes) = forest.views, forest.expanded()
+        ones = np.ones(len(views), np.int64)
+        num_done = 1 + num_nodes - np.diff(forest.begins)
+        return Runs(
+            known=self._roots[views],
+            tokens=tokens,
+            parents=parents,
+            num_known=ones,
+            num_nodes=num_nodes,
+            num_done=(num_done if forest.level else 0 * ones).astype(np.int32),
+            cached=self._cached[views],
+            wants_logits=ones > 0,
+            block_table=self._table[views],
+        )
 
-    def _before(self, index: int, growth: Growth) -> np.ndarray:
-        tree = growth.tree
-        if not tree.num_new:
-            return np.array([growth.view.slot])
-        rows: np.ndarray = self._rows[index][tree.expanded.parents[-tree.num_new :] + 1]
-        return rows
+    def take(self, forest: GrowingForest) -> tuple[np.ndarray, int]:
+        """Gives the frontier rows in a row.
 
-    def take(self, working: Mapping[int, Growth]) -> int:
-        """Gives a level's nodes rows, tree by tree; returns the first."""
-        first = self._next
-        for index, growth in working.items():
-            new = np.arange(self._next, self._next + growth.num_rows)
-            self._rows[index] = np.concatenate([self._rows[index], new]) if index in self._rows else new
-            self._next += growth.num_rows
-        return first
-
-
-def _root_run(growth: Growth) -> Run:
-    tokens = growth.view.tokens
-    return Run(tokens[-1:], EMPTY_TREE, len(tokens) - 1, growth.pages, True)
+        Returns:
+            The row of the token before each node, of a root the slot's, [F] int64; and the first of the new rows.
+        """
+        first, count, views = self._next, len(forest.frontier), forest.frontier_views
+        self._next += count
+        places, above = forest.newest()
+        self._rows[views, places] = np.arange(first, first + count)
+        return np.where(above < 0, self._slots[views], self._rows[views, above]), first

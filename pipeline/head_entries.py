@@ -5,14 +5,13 @@ rounds do without a draft, most of that is never read; so entries wait until a d
 for all slots in one pass.
 """
 
-from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from pipeline.head import DraftHead
 from pipeline.kv_cache import PagedCache
-from pipeline.pages import pool_index
 from pipeline.proposal import Committed
 
 _MOST_WAITING = 512  # tokens; their states take 6 H bytes each in 16 bits
@@ -52,24 +51,20 @@ class HeadEntries:
         self.write()
         self._cache.move(source, target)
 
-    def note(self, committed: Sequence[Committed], states: torch.Tensor) -> None:
+    def note(self, committed: Committed, states: torch.Tensor) -> None:
         """The target has computed these tokens for good.
 
         Args:
-            states: [N, 3 H] of all tokens, part by part.
+            states: [N, 3 H] of all tokens.
         """
-        for part in committed:
-            count, first = len(part.tokens), self._num_waiting
-            places = np.arange(part.begin, part.begin + count)
-            rows = np.empty((count, 4), np.int64)
-            rows[:, 0], rows[:, 1] = part.tokens, places
-            rows[:, 2] = pool_index(part.pages, places, self._cache.page_size)
-            rows[:, 3] = np.arange(first - 1, first + count - 1)
-            rows[0, 3] = self._row_before(part.slot)
-            self._rows.append(rows)
-            self._newest[part.slot] = first + count - 1
-            self._num_waiting += count
+        first, num_tokens = self._num_waiting, len(committed.tokens)
+        before = np.arange(first - 1, first + num_tokens - 1)
+        for slot, (begin, end) in zip(committed.slots, pairwise(committed.begins.tolist()), strict=True):
+            before[begin] = self._row_before(slot)
+            self._newest[slot] = first + end - 1
+        self._rows.append(np.stack([committed.tokens, committed.positions, committed.places, before], axis=1))
         self._states.append(states)
+        self._num_waiting += num_tokens
         if self._num_waiting >= _MOST_WAITING:
             self.write()
 

@@ -12,7 +12,7 @@ from pipeline.graphs import Graphs
 from pipeline.growth import top_of
 from pipeline.head import DraftHead
 from pipeline.kv_cache import PagedCache
-from pipeline.packing import Run, pack
+from pipeline.packing import Runs, pack
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -63,7 +63,7 @@ class HeadPasses:
             self._row = StaticRow(fold, cache.last_page, device, num_slots, has_windows=False, fills=fills)
             self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, device)
 
-    def run(self, runs: list[Run], before: np.ndarray, first: int) -> Outputs:
+    def run(self, runs: Runs, before: np.ndarray, first: int) -> Outputs:
         """Of all nodes that are computed, run by run: float32 logits [M, D], and `top_of` these; valid until the next.
 
         Args:

@@ -4,14 +4,14 @@ Trees grow in batch, one packed forward pass a level for all slots; a level comp
 was computed for a tree is kept: accepted tokens come again, as known ones, in the next round's first pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from pipeline.draft_tree import GrowingTree
-from pipeline.growth import DraftOptions, Growth, drafted, grow, levels, logprobs_at_roots
+from pipeline.draft_forest import GrowingForest
+from pipeline.growth import DraftOptions, Observer, grow, levels, logprobs_at_roots
 from pipeline.pace import Pace
 from pipeline.packing import Run
 from pipeline.pages import PagePool, PageRun
@@ -41,7 +41,7 @@ class ModelDrafter:
     """
 
     def __init__(self, model: Target, options: DraftOptions) -> None:
-        self.observer: Callable[[Growth], None] | None = None
+        self.observer: Observer | None = None
         self._model = model
         self._options = options
         self._pool = PagePool(model.num_pages, model.cache.page_size)
@@ -52,41 +52,53 @@ class ModelDrafter:
             self._pool.release(state.pages)
 
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
-        growths: dict[int, Growth] = {}
-        num_behind = 0
+        num_behind = np.zeros(len(views), np.int64)
+        depths = [0] * len(views)
         for index, view in enumerate(views):
-            growth = self._begin(view)
-            if growth is not None and (not num_behind or num_behind + growth.num_behind <= _MOST_BEHIND):
-                growths[index] = growth
-                num_behind += growth.num_behind
+            behind = self._begin(view)
+            if behind is not None and (not num_behind.any() or num_behind.sum() + behind <= _MOST_BEHIND):
+                num_behind[index], depths[index] = behind, self._depth(view)
+        options = self._options
+        forest = GrowingForest(depths, options.width, options.branches)
         root_logprobs: torch.Tensor | None = None
-        for level, working in levels(growths, self._options, pace):
-            runs = [growth.run() if level else self._first_run(growth) for growth in working.values()]
-            forward = self._model.forward(runs)
+        seen = []
+        for level in levels(forest, pace, num_behind=num_behind):
+            forward = self._model.forward([self._run(index, views[index], forest) for index in forest.views.tolist()])
             logits = forward.logits.float()
-            if level == 0 and pace.reads_root:
-                root_logprobs = logprobs_at_roots(logits, forward.begin, list(working), len(views))
-            grow(list(working.values()), logits, forward.begin, self._options)
-        for growth in growths.values():
-            if len(growth.tree.tokens):  # its root was seen
-                self._slots[growth.view.slot].tokens = growth.view.tokens.copy()
-            if self.observer is not None:
-                self.observer(growth)
-        return Draft(drafted(growths, len(views), self._options), root_logprobs)
+            if level == 0:
+                seen = forest.views.tolist()
+                logits = logits[forward.begin]  # long chains of known tokens were computed behind short ones
+                if pace.reads_root:
+                    root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
+            grow(forest, views, logits, options)
+        for index in seen:
+            self._slots[views[index].slot].tokens = views[index].tokens.copy()
+        if self.observer is not None:
+            for index in np.flatnonzero(depths).tolist():
+                self.observer(views[index], *forest.tree(index))
+        return Draft(forest.likeliest(options.num_nodes), root_logprobs)
 
-    def _begin(self, view: SlotView) -> Growth | None:
-        """A tree's beginning; None if nothing deeper than the root is wanted or its memory cannot be had."""
-        depth = min(self._options.depth, view.max_depth)
+    def _depth(self, view: SlotView) -> int:
+        return min(self._options.depth, view.max_depth)
+
+    def _begin(self, view: SlotView) -> int | None:
+        """How many tokens before the root are not in the cache; None if nothing deeper than the root is wanted or the
+        memory for it cannot be had."""
         slot = self._slots.setdefault(view.slot, _Slot())
         common = min(len(slot.tokens), len(view.tokens) - 1)
         differs = np.flatnonzero(slot.tokens[:common] != view.tokens[:common])
         slot.tokens = slot.tokens[: differs[0] if len(differs) else common]
-        if depth < 1 or not self._pool.grow(slot.pages, len(view.tokens) + self._options.num_scratch):
+        if self._depth(view) < 1 or not self._pool.grow(slot.pages, len(view.tokens) + self._options.num_scratch):
             return None
-        num_behind = len(view.tokens) - 1 - len(slot.tokens)
-        return Growth(view, slot.pages, GrowingTree(self._options.width), depth, num_behind)
+        return len(view.tokens) - 1 - len(slot.tokens)
 
-    def _first_run(self, growth: Growth) -> Run:
-        """The first level: the root, and before it the tokens that are not in the cache yet."""
-        cached = len(self._slots[growth.view.slot].tokens)
-        return Run(growth.view.tokens[cached:], EMPTY_TREE, cached, growth.pages, True)
+    def _run(self, index: int, view: SlotView, forest: GrowingForest) -> Run:
+        """What a level computes: at first the root and before it the tokens that are not in the cache yet, then the
+        newest nodes, below what was computed before."""
+        slot, root = self._slots[view.slot], len(view.tokens) - 1
+        if forest.level == 0:
+            cached = len(slot.tokens)
+            return Run(view.tokens[cached:], EMPTY_TREE, cached, slot.pages, True)
+        tree = forest.expanded_of(index)
+        num_new = int(np.count_nonzero(forest.frontier_views == index))
+        return Run(view.tokens[root:], tree, root, slot.pages, True, 1 + len(tree) - num_new)

@@ -5,16 +5,16 @@ its children are worth beyond the cost of verifying them, and what the levels be
 on already it brings less that is new, but tells right from wrong (`pipeline.economy`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
 from numba import njit
 
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_forest import GrowingForest
 from pipeline.economy import COVERED, Economy, net_tokens_of
 from pipeline.forest import Forest
-from pipeline.tree import TokenTree, places_in
+from pipeline.tree import TokenTree
 from pipeline.verify import Outcome
 
 
@@ -26,12 +26,8 @@ class Pace(Protocol):
         """Whether the draft model's distribution after the root is wanted."""
         ...
 
-    def expand(self, level: int, trees: Mapping[int, GrowingTree]) -> Mapping[int, np.ndarray]:
-        """Which nodes of each tree's frontier to expand, [F] bool, some at least; a tree left out grows no further.
-
-        Args:
-            trees: by view, those that have a frontier.
-        """
+    def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
+        """Which nodes of the forest's frontier to expand, [F] bool; a tree of which none is grows no further."""
         ...
 
     def took(self, num_rows: int, seconds: float) -> None:
@@ -46,12 +42,10 @@ class FullPace:
         self.reads_root = reads_root
         self._wanted = wanted
 
-    def expand(self, level: int, trees: Mapping[int, GrowingTree]) -> Mapping[int, np.ndarray]:
-        return {
-            index: np.ones(len(tree.frontier), np.bool_)
-            for index, tree in trees.items()
-            if self._wanted is None or index in self._wanted
-        }
+    def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
+        if self._wanted is None:
+            return np.ones(len(forest.frontier), np.bool_)
+        return np.isin(forest.frontier_views, list(self._wanted))
 
     def took(self, num_rows: int, seconds: float) -> None:
         """It does not matter."""
@@ -94,20 +88,13 @@ class EconomicPace:
         self._retrieved = Forest.of(retrieved)
         self._covered = _covered(self._retrieved.parents, self._retrieved.scores, self._retrieved.begins)
 
-    def expand(self, level: int, trees: Mapping[int, GrowingTree]) -> Mapping[int, np.ndarray]:
-        if not trees:
-            return {}
+    def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
         if level and (found := self._newly_found()) is not None:
             self.learn(found)
-        views = np.fromiter(trees, np.int64, len(trees))
-        sizes = [len(tree.frontier) for tree in trees.values()]
-        if level:
-            values = np.exp(np.concatenate([tree.frontier_logprobs for tree in trees.values()]))
-            covered = np.concatenate([self._covered_of(i, tree) for i, tree in trees.items()])
-        else:  # the roots
-            values, covered = np.ones(len(trees), np.float32), self._covered[self._retrieved.begins[views] + views]
+        places, views = forest.places_in(self._retrieved), forest.frontier_views
+        covered = np.where(places < 0, 0.0, self._covered[places])
         kinds = np.searchsorted(COVERED, covered)
-        alone = self._economy.gains(level, values, self._row_tokens)
+        alone = self._economy.gains(level, np.exp(forest.frontier_logprobs), self._row_tokens)
         gains = alone * self._economy.worth[kinds]
         order = np.argsort(-gains, kind="stable")
         rows = np.arange(1, len(gains) + 1)
@@ -118,14 +105,11 @@ class EconomicPace:
         if net[best] > 0:
             keep[order[: best + 1]] = True
             self.gains[level], self.nets[level] = worth[best], worth[best] - cost[best]
-        begins = np.cumsum([0, *sizes])
-        parts = {index: keep[begins[i] : begins[i + 1]] for i, index in enumerate(trees)}
-        if self._explored in parts:
-            parts[self._explored][:] = True  # in `keep`, too
-        np.add.at(self._expected, (np.repeat(views, sizes)[keep], kinds[keep]), alone[keep])
+        if self._explored is not None:
+            keep[views == self._explored] = True
+        np.add.at(self._expected, (views[keep], kinds[keep]), alone[keep])
         self.num_expanded[level] = keep.sum()
-        is_chosen = np.logical_or.reduceat(keep, begins[:-1]).tolist()
-        return {index: part for (index, part), is_any in zip(parts.items(), is_chosen, strict=True) if is_any}
+        return keep
 
     def took(self, num_rows: int, seconds: float) -> None:
         self._economy.observe_level(num_rows, seconds)
@@ -144,16 +128,6 @@ class EconomicPace:
         )
         self._economy.observe_gains(self._expected[drafted], (with_draft - without)[drafted])
 
-    def _covered_of(self, view: int, tree: GrowingTree) -> np.ndarray:
-        """[F] probability that something retrieved goes on rightly from each node of a frontier below the root."""
-        found = self._retrieved
-        begin, end = int(found.begins[view]), int(found.begins[view + 1])
-        if begin == end:
-            return np.zeros(len(tree.frontier))
-        nodes = found.tokens[begin:end], found.parents[begin:end]
-        covered = self._covered[begin + view : end + view + 1]
-        return _covered_at(*nodes, covered, tree.tokens, tree.parents, tree.frontier)
-
 
 @njit(cache=True, nogil=True)
 def _covered(parents: np.ndarray, scores: np.ndarray, begins: np.ndarray) -> np.ndarray:
@@ -163,22 +137,3 @@ def _covered(parents: np.ndarray, scores: np.ndarray, begins: np.ndarray) -> np.
         for i in range(begins[tree], begins[tree + 1]):
             covered[begins[tree] + tree + parents[i] + 1] += scores[i]
     return covered
-
-
-@njit(cache=True, nogil=True)
-def _covered_at(
-    found_tokens: np.ndarray,
-    found_parents: np.ndarray,
-    covered: np.ndarray,
-    tokens: np.ndarray,
-    parents: np.ndarray,
-    frontier: np.ndarray,
-) -> np.ndarray:
-    """What `covered` says of the found node with the same path as each node of the frontier, 0 where there is none."""
-    places = places_in(found_tokens, found_parents, tokens, parents)
-    found = np.zeros(len(frontier))
-    for i in range(len(frontier)):
-        place = places[frontier[i] + 1]
-        if place >= -1:
-            found[i] = covered[place + 1]
-    return found

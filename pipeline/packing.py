@@ -15,7 +15,6 @@ from pipeline.pages import PageRun, block_table
 from pipeline.tree import TokenTree
 
 _NO_MASK = -1
-_COMPUTED, _HAS_LOGITS = 1, 2  # flags of a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,47 @@ class Run:
     def num_logits(self) -> int:
         """Rows of logits it gets: the root's if that is computed, and those of the tree nodes that are."""
         return len(self) - max(self.num_done, len(self.known) - 1) if self.wants_logits else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """S runs side by side: the columns of `Run`, those of one after those of the other.
+
+    Attributes:
+        known: [K] tokens; tokens, parents: [N] of the trees' nodes.
+        num_known, num_nodes: [S] int64 how many of each are a run's.
+        num_done, cached: [S] int32; wants_logits: [S] bool.
+        block_table: [S, B] int32.
+    """
+
+    known: np.ndarray
+    tokens: np.ndarray
+    parents: np.ndarray
+    num_known: np.ndarray
+    num_nodes: np.ndarray
+    num_done: np.ndarray
+    cached: np.ndarray
+    wants_logits: np.ndarray
+    block_table: np.ndarray
+
+    @staticmethod
+    def of(runs: Sequence[Run], page_size: int) -> "Runs":
+        """These runs, one at least."""
+        assert all(len(run.pages.pages) * page_size >= run.cached + len(run) for run in runs)
+        return Runs(
+            known=np.concatenate([run.known for run in runs]),
+            tokens=np.concatenate([run.tree.tokens for run in runs]),
+            parents=np.concatenate([run.tree.parents for run in runs]),
+            num_known=np.array([len(run.known) for run in runs], np.int64),
+            num_nodes=np.array([len(run.tree) for run in runs], np.int64),
+            num_done=np.array([run.num_done for run in runs], np.int32),
+            cached=np.array([run.cached for run in runs], np.int32),
+            wants_logits=np.array([run.wants_logits for run in runs], np.bool_),
+            block_table=block_table([run.pages for run in runs]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.num_known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,38 +133,26 @@ def order_runs(runs: Sequence[Run], long_chain: int) -> tuple[list[int], int]:
     return short + long, len(short)
 
 
-def pack(runs: Sequence[Run], num_short: int, page_size: int, device: torch.device) -> PackedRow:
+def pack(runs: Runs, num_short: int, page_size: int, device: torch.device) -> PackedRow:
     """Packs runs, already ordered short first, into one row."""
-    num_known = np.array([len(run.known) for run in runs], np.int64)
-    num_nodes = np.array([len(run.tree) for run in runs], np.int64)
-    num_done = np.array([run.num_done for run in runs], np.int32)
-    cached = np.array([run.cached for run in runs], np.int32)
-    wants_logits = np.array([run.wants_logits for run in runs], np.bool_)
-    table = block_table([run.pages for run in runs])
-    room = np.array([len(run.pages.pages) for run in runs], np.int64) * page_size
-    assert (room >= cached + num_known + num_nodes).all() and (num_known[num_nodes > 0] == 1).all()
-    starts = np.zeros(len(runs) + 1, np.int32)
-    np.cumsum(num_known + num_nodes, out=starts[1:])
-    mask_sizes = np.where(num_nodes > 0, (num_nodes + 1) ** 2, 0)
-    mask_starts = np.where(num_nodes > 0, np.cumsum(mask_sizes) - mask_sizes, _NO_MASK)
-    known = np.concatenate([run.known for run in runs]).astype(np.int64, copy=False)
-    tokens = np.concatenate([run.tree.tokens for run in runs]).astype(np.int64, copy=False)
-    parents = np.concatenate([run.tree.parents for run in runs]).astype(np.int32, copy=False)
-    nodes, positions, mask = _packed(
-        *(known, tokens, parents, num_known, num_nodes, num_done, cached, wants_logits, table, page_size, starts),
-        *(mask_starts, int(mask_sizes.sum())),
+    num_known, num_nodes, table = runs.num_known, runs.num_nodes, runs.block_table
+    assert (num_known[num_nodes > 0] == 1).all()
+    starts, mask_starts, nodes, computed, logits_index, positions, mask = _packed(
+        runs.known.astype(np.int64, copy=False),
+        runs.tokens.astype(np.int64, copy=False),
+        runs.parents.astype(np.int32, copy=False),
+        *(num_known, num_nodes, runs.num_done, runs.cached, runs.wants_logits, table, page_size),
     )
-    computed = np.flatnonzero(nodes[3] & _COMPUTED)
-    token_ids, places, write_index, kinds = nodes if len(computed) == len(positions) else nodes[:, computed]
+    token_ids, places, write_index = nodes
     return PackedRow(
         token_ids=torch.from_numpy(token_ids)[None].to(device),
         position_ids=torch.from_numpy(places)[None].to(device),
         write_index=torch.from_numpy(write_index).to(device),
-        logits_index=torch.from_numpy(np.flatnonzero(kinds & _HAS_LOGITS)).to(device),
+        logits_index=torch.from_numpy(logits_index).to(device),
         computed=None if len(computed) == len(positions) else torch.from_numpy(computed).to(device),
-        num_done=num_done,
+        num_done=runs.num_done,
         starts=starts,
-        cached=cached,
+        cached=runs.cached,
         block_table=table,
         positions=positions,
         mask=mask,
@@ -146,29 +174,49 @@ def _packed(
     wants_logits: np.ndarray,
     table: np.ndarray,
     page_size: int,
-    starts: np.ndarray,
-    mask_starts: np.ndarray,
-    mask_size: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `pack` fills: token, position, pool index and flags of all nodes, [4, T] int64; positions [T]; the mask."""
-    nodes = np.empty((4, starts[-1]), np.int64)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `pack` fills.
+
+    Returns:
+        Starts [S + 1] int32 and mask starts [S] int64; token, position and pool index of the nodes computed, [3, C]
+        int64, their places among all, [C] int64, and which of them need logits, [M] int64; positions [T] and the mask.
+    """
+    num_runs = len(num_known)
+    starts, mask_starts = np.zeros(num_runs + 1, np.int32), np.full(num_runs, _NO_MASK, np.int64)
+    mask_size, num_computed, num_logits = 0, 0, 0
+    for run in range(num_runs):
+        length = num_known[run] + num_nodes[run]
+        starts[run + 1] = starts[run] + length
+        num_computed += length - num_done[run]
+        if wants_logits[run]:
+            num_logits += length - max(num_done[run], num_known[run] - 1)
+        if num_nodes[run]:
+            mask_starts[run] = mask_size
+            mask_size += (num_nodes[run] + 1) ** 2
+    nodes = np.empty((3, num_computed), np.int64)
+    computed, logits_index = np.empty(num_computed, np.int64), np.empty(num_logits, np.int64)
     positions = np.empty(starts[-1], np.int32)
     mask = np.zeros(mask_size, np.bool_)
-    at_known, at_node = 0, 0
-    for run in range(len(num_known)):
+    at_known, at_node, at, at_logits = 0, 0, 0, 0
+    for run in range(num_runs):
         begin, root = starts[run], starts[run] + num_known[run] - 1
         for i in range(begin, starts[run + 1]):
             if i <= root:
-                nodes[0, i] = known[at_known + i - begin]
+                token = known[at_known + i - begin]
                 positions[i] = cached[run] + i - begin
             else:
                 node = at_node + i - root - 1
-                nodes[0, i] = tokens[node]
+                token = tokens[node]
                 positions[i] = positions[root + 1 + parents[node]] + 1
-            nodes[1, i] = positions[i]
-            place = cached[run] + i - begin
-            nodes[2, i] = np.int64(table[run, place // page_size]) * page_size + place % page_size
-            nodes[3, i] = _COMPUTED * (i - begin >= num_done[run]) + _HAS_LOGITS * (wants_logits[run] and i >= root)
+            if i - begin >= num_done[run]:
+                place = cached[run] + i - begin
+                nodes[0, at], nodes[1, at] = token, positions[i]
+                nodes[2, at] = np.int64(table[run, place // page_size]) * page_size + place % page_size
+                computed[at] = i
+                if wants_logits[run] and i >= root:
+                    logits_index[at_logits] = at
+                    at_logits += 1
+                at += 1
         if num_nodes[run]:
             width = num_nodes[run] + 1
             mask[mask_starts[run]] = True
@@ -180,4 +228,4 @@ def _packed(
                 mask[row + node] = True
         at_known += num_known[run]
         at_node += num_nodes[run]
-    return nodes, positions, mask
+    return starts, mask_starts, nodes, computed, logits_index, positions, mask

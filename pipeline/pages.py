@@ -122,6 +122,10 @@ class PagePool:
         end = begin + self.page_size
         return (run.chain, tokens[begin:end].tobytes()) if end <= len(tokens) else None
 
+    def is_filling(self, run: PageRun, num_tokens: int) -> bool:
+        """Whether `publish` of so many tokens would change no more than what is lent of the page being filled."""
+        return num_tokens < (run.num_published + 1) * self.page_size
+
     def publish(self, run: PageRun, tokens: np.ndarray) -> None:
         """Publishes the pages of `run` that the committed `tokens` ([L] int32) fill, and lends the one being filled."""
         while (key := self.next_key(run, tokens)) is not None:
@@ -173,24 +177,6 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differs = np.flatnonzero(a[:length] != b[:length])
     return int(differs[0]) if len(differs) else length
-
-
-def pool_index(run: PageRun, places: np.ndarray, page_size: int) -> np.ndarray:
-    """Pool token indices, page * page_size + offset, of places in a sequence: [n] integers -> [n] int64."""
-    index: np.ndarray = np.asarray(run.pages)[places // page_size] * page_size + places % page_size
-    return index
-
-
-def moved_index(run: PageRun, begin: int, accepted: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where accepted nodes of a tree lie in the pool and where they belong, token indices [n] int64 each.
-
-    Args:
-        begin: place of the tree's first node in the sequence; accepted: [A] ascending, those in place are left out.
-    """
-    places = np.arange(len(accepted))
-    moved = accepted != places
-    source = begin + accepted[moved].astype(np.int64)
-    return pool_index(run, source, page_size), pool_index(run, begin + places[moved], page_size)
 
 
 def block_table(runs: Sequence[PageRun]) -> np.ndarray:

@@ -39,19 +39,20 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens of one slot that the target has computed for good.
+    """Tokens of P slots that the target has computed for good, side by side.
 
     Attributes:
-        slot: number of the slot.
-        pages: the slot's pages.
-        begin: place of the first token in its sequence.
-        tokens: [n] int32.
+        slots: [P] their numbers.
+        begins: [P + 1] int64 where each one's tokens begin.
+        tokens: [N] int32.
+        positions, places: [N] int64 their places in their sequences, and in the pool.
     """
 
-    slot: int
-    pages: PageRun
-    begin: int
+    slots: Sequence[int]
+    begins: np.ndarray
     tokens: np.ndarray
+    positions: np.ndarray
+    places: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,11 @@ class Drafter(Protocol):
 class FeatureDrafter(Drafter, Protocol):
     """A drafter that reads the target's hidden states and keeps its cache in the target's pages."""
 
-    def commit(self, committed: Sequence[Committed], states: torch.Tensor) -> None:
+    def commit(self, committed: Committed, states: torch.Tensor) -> None:
         """The target has computed these tokens.
 
         Args:
-            states: [N, 3 H] hidden states of all of them, part by part, at the depths that the drafter reads.
+            states: [N, 3 H] their hidden states at the depths that the drafter reads.
         """
         ...
 

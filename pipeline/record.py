@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.assemble import ALWAYS_TIMED, TIMED_ROWS, EngineOptions, build_engine, measure_step_times
 from pipeline.budget import StepTimes
 from pipeline.economy import LevelTimes
-from pipeline.growth import Growth
 from pipeline.head import DraftHead
 from pipeline.methods import METHODS
 from pipeline.pace import FullPace, Pace
@@ -66,9 +65,8 @@ def record(
     _TimedRule.times = LevelTimes(StepTimes(rows, seconds.tolist()))
     drafts: dict[bytes, RecordedTree] = {}
 
-    def keep(growth: Growth) -> None:
-        tree = growth.tree
-        drafts[draft_key(growth.view.tokens, growth.view.seed)] = RecordedTree(tree.tokens, tree.parents, tree.logprobs)
+    def keep(view: SlotView, tokens: np.ndarray, parents: np.ndarray, logprobs: np.ndarray) -> None:
+        drafts[draft_key(view.tokens, view.seed)] = RecordedTree(tokens.copy(), parents.copy(), logprobs.copy())
 
     engine.drafter.observer = keep  # type: ignore[attr-defined]
     requests = [Request(row, prompt, params, seeds[row]) for row, prompt in enumerate(prompts)]

@@ -20,14 +20,13 @@ import torch
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_forest import GrowingForest
 from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import InputError
-from pipeline.growth import DraftOptions, Growth, drafted, levels
+from pipeline.growth import DraftOptions, levels
 from pipeline.methods import Method, build
 from pipeline.pace import Pace
-from pipeline.pages import PageRun
 from pipeline.proposal import Draft, SlotView
 from pipeline.request import Request, SamplingParams
 from pipeline.sampling import Choices
@@ -207,34 +206,33 @@ class RecordedDrafter:
         """It keeps nothing of slots."""
 
     def draft(self, views: Sequence[SlotView], pace: Pace) -> Draft:
-        options, costs = self._recording.options, self._recording.costs
-        growths = {}
-        for index, view in enumerate(views):
-            depth = min(options.depth, view.max_depth)
-            if depth > 0 and draft_key(view.tokens, view.seed) in self._recording.drafts:
-                growths[index] = Growth(view, PageRun(), GrowingTree(options.width), depth)
-        for _, working in levels(growths, options, pace, self._clock):
-            rows = sum(growth.num_rows for growth in working.values())
-            self._clock.now += costs.level_fixed + costs.level_row * rows
-            for growth in working.values():
-                growth.tree.grow(*candidates(self._recording, growth))
-        return Draft(drafted(growths, len(views), options))
+        recording, options, costs = self._recording, self._recording.options, self._recording.costs
+        depths = [
+            min(options.depth, view.max_depth) if draft_key(view.tokens, view.seed) in recording.drafts else 0
+            for view in views
+        ]
+        forest = GrowingForest(depths, options.width, options.branches)
+        for _ in levels(forest, pace, self._clock):
+            self._clock.now += costs.level_fixed + costs.level_row * len(forest.frontier)
+            forest.grow(*candidates(recording, views, forest))
+        return Draft(forest.likeliest(options.num_nodes))
 
 
-def candidates(recording: Recording, growth: Growth) -> tuple[np.ndarray, np.ndarray]:
+def candidates(recording: Recording, views: Sequence[SlotView], forest: GrowingForest) -> tuple[np.ndarray, np.ndarray]:
     """What the draft model said after each node of the frontier: log-probabilities and tokens, [F, k]; -inf where it
     was not asked."""
-    tree = growth.tree
-    logprobs = np.full((len(tree.frontier), recording.options.branches), -np.inf, np.float32)
+    logprobs = np.full((len(forest.frontier), recording.options.branches), -np.inf, np.float32)
     tokens = np.zeros(logprobs.shape, np.int64)
-    recorded = recording.drafts.get(draft_key(growth.view.tokens, growth.view.seed))
-    if recorded is None:
-        return logprobs, tokens
-    places = places_in(recorded.tokens, recorded.parents, tree.tokens, tree.parents)[tree.frontier + 1]
-    for row, place in enumerate(places):
-        nodes = np.flatnonzero(recorded.parents == place)
-        logprobs[row, : len(nodes)] = recorded.logprobs[nodes]
-        tokens[row, : len(nodes)] = recorded.tokens[nodes]
+    for index, begin, end in zip(forest.views.tolist(), forest.begins[:-1], forest.begins[1:], strict=True):
+        recorded = recording.drafts.get(draft_key(views[index].tokens, views[index].seed))
+        if recorded is None:
+            continue
+        grown_tokens, grown_parents, _ = forest.tree(index)
+        places = places_in(recorded.tokens, recorded.parents, grown_tokens, grown_parents)
+        for row in range(begin, end):
+            nodes = np.flatnonzero(recorded.parents == places[forest.frontier[row] + 1])
+            logprobs[row, : len(nodes)] = recorded.logprobs[nodes]
+            tokens[row, : len(nodes)] = recorded.tokens[nodes]
     return logprobs, tokens
 
 

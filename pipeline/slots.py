@@ -1,6 +1,7 @@
 """A slot: one request in the engine, its known tokens, its place in the KV cache and its counters."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from pipeline.proposal import SlotView
 from pipeline.request import FinishReason, Generation, Request
 from pipeline.sampling import ChoiceRow
 from pipeline.stopping import StopCheck
-from pipeline.tree import SOURCES, TokenTree, node_depths, surest_sources
+from pipeline.tree import SOURCES, TokenTree, node_depths
 
 
 @dataclass(slots=True)
@@ -107,13 +108,18 @@ class Slot:
         keys = [position_key(self.request.seed, self.length + depth) for depth in range(max(depths) + 1)]
         return [ChoiceRow(params, keys[depth], row) for depth, row in zip(depths, seen, strict=True)]
 
-    def count_round(self, tree: TokenTree, kept: np.ndarray) -> None:
-        """Books one verification round: `kept` are the accepted nodes that stayed in the output, [A] int32."""
+    def count_round(self, num_nodes: int, sources: Sequence[int]) -> None:
+        """Books one verification round.
+
+        Args:
+            num_nodes: of the tree.
+            sources: who was surest of each accepted node that stayed in the output, index into `SOURCES`.
+        """
         self.rounds += 1
-        self.drafted += len(tree)
-        self.rounds_without_draft += len(tree) == 0
-        if len(kept):
-            self.accepted.update(SOURCES[source] for source in surest_sources(tree.evidence[kept]).tolist())
+        self.drafted += num_nodes
+        self.rounds_without_draft += num_nodes == 0
+        for source in sources:
+            self.accepted[SOURCES[source]] += 1
 
     def generation(self) -> Generation:
         """The finished request."""

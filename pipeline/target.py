@@ -17,7 +17,7 @@ from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext, can
 from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
-from pipeline.packing import Run, order_runs, pack
+from pipeline.packing import Run, Runs, order_runs, pack
 from pipeline.ranks import Build, Move, Pass, Ranks
 from pipeline.static_pass import Outputs, StaticPasses
 
@@ -120,11 +120,13 @@ class Target:
 
     def _run(self, runs: Sequence[Run], num_short: int) -> Outputs:
         """Logits, and states if they are read, of runs in order."""
+        page_size = self.cache.page_size
+        side_by_side = Runs.of(runs, page_size)
         if self._passes is not None:
-            outputs = self._passes.run(pack(runs, num_short, self.cache.page_size, torch.device("cpu")))
+            outputs = self._passes.run(pack(side_by_side, num_short, page_size, torch.device("cpu")))
             if outputs is not None:
                 return outputs
-        row = pack(runs, num_short, self.cache.page_size, self.device)
+        row = pack(side_by_side, num_short, page_size, self.device)
         self.cache.begin(row)
         output = self.model(
             input_ids=row.token_ids,

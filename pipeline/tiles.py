@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit
 
 from pipeline.packing import PackedRow
 
@@ -51,21 +52,35 @@ def tiles_of(row: PackedRow, num_rows: int) -> np.ndarray:
 
     They refer to its flattened `block_table`, its `mask` and its `positions`.
     """
-    lengths = np.diff(row.starts)
-    computed = lengths - row.num_done
-    firsts = np.concatenate([[0], np.cumsum(computed)[:-1]])
-    counts = -(-computed // num_rows)
-    runs = np.repeat(np.arange(len(lengths)), counts)
-    number = np.arange(len(runs)) - np.repeat(np.cumsum(counts) - counts, counts)  # of a run's tiles
-    tiles = np.empty((len(runs), NUM_COLUMNS), np.int32)
-    tiles[:, FIRST] = firsts[runs] + number * num_rows
-    tiles[:, COUNT] = np.minimum(computed[runs] - number * num_rows, num_rows)
-    tiles[:, OFFSET] = row.num_done[runs] + number * num_rows
-    tiles[:, CACHED] = row.cached[runs]
-    tiles[:, PAGES] = runs * row.block_table.shape[1]
-    tiles[:, MASK] = row.mask_starts[runs]
-    tiles[:, LENGTH] = lengths[runs]
-    tiles[:, POSITIONS] = row.starts[runs]
+    tiles: np.ndarray = _tiles_of(
+        row.starts, row.num_done, row.cached, row.mask_starts, row.block_table.shape[1], num_rows
+    )
+    return tiles
+
+
+@njit(cache=True, nogil=True)
+def _tiles_of(
+    starts: np.ndarray,
+    num_done: np.ndarray,
+    cached: np.ndarray,
+    mask_starts: np.ndarray,
+    num_pages: int,
+    num_rows: int,
+) -> np.ndarray:
+    num_tiles = 0
+    for run in range(len(cached)):
+        num_tiles += -(-(starts[run + 1] - starts[run] - num_done[run]) // num_rows)
+    tiles = np.empty((num_tiles, NUM_COLUMNS), np.int32)
+    at, first = 0, 0
+    for run in range(len(cached)):
+        length = starts[run + 1] - starts[run]
+        for offset in range(num_done[run], length, num_rows):
+            count = min(num_rows, length - offset)
+            tiles[at, FIRST], tiles[at, COUNT], tiles[at, OFFSET] = first, count, offset
+            tiles[at, CACHED], tiles[at, PAGES], tiles[at, MASK] = cached[run], run * num_pages, mask_starts[run]
+            tiles[at, LENGTH], tiles[at, POSITIONS] = length, starts[run]
+            at += 1
+            first += count
     return tiles
 
 

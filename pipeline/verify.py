@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from pipeline.forest import Forest
+from pipeline.tree import surest_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,33 @@ class Outcome:
         return self.choices[self.begins[index] : self.begins[index + 1]]
 
 
-def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> tuple[list[np.ndarray], Outcome]:
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What verification accepted of one tree.
+
+    Attributes:
+        nodes: [A] int32 numbered within it.
+        tokens: [A + 1] int64 the choices along them, the bonus last.
+        sources: [A] who was surest of each node, index into `SOURCES`.
+    """
+
+    nodes: np.ndarray
+    tokens: np.ndarray
+    sources: Sequence[int]
+
+
+def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> list[Walk]:
     """Walks each of B trees.
 
     Args:
         choices: [M] int64 of all logits rows.
         rows: [B] int64 the row of each tree's root; those of its nodes follow.
-
-    Returns:
-        Accepted nodes of each tree, [A] int32 numbered within it, and the choices along them.
     """
     accepted, begins, along = _walks(trees.tokens, trees.parents, trees.begins, choices, rows)
-    places = begins.tolist()
-    parts = [accepted[begin:end] for begin, end in pairwise(places)]
-    return parts, Outcome(along, begins + np.arange(len(begins)))
+    among_all = accepted + np.repeat(trees.begins[:-1], np.diff(begins))
+    sources = surest_sources(trees.evidence[among_all]).tolist()
+    spans = enumerate(pairwise(begins.tolist()))
+    return [Walk(accepted[a:z], along[a + tree : z + tree + 1], sources[a:z]) for tree, (a, z) in spans]
 
 
 @njit(cache=True, nogil=True)

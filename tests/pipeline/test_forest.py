@@ -100,13 +100,14 @@ def test_walks_are_those_of_each_tree(some: list[TokenTree], seed: int) -> None:
         rows[place] = at
         at += sizes[place]
     choices = random.integers(0, 3, at)
-    accepted, outcome = walk_forest(Forest.of(some), choices, rows)
-    assert len(outcome) == len(some)
-    for place, tree in enumerate(some):
+    walks = walk_forest(Forest.of(some), choices, rows)
+    assert len(walks) == len(some)
+    for place, (tree, found) in enumerate(zip(some, walks, strict=True)):
         own = choices[rows[place] : rows[place] + sizes[place]]
         path = walk(tree.tokens, tree.parents, own)
-        assert accepted[place].tolist() == path.tolist()
-        assert outcome[place].tolist() == own[[0, *(path + 1)]].tolist()
+        assert found.nodes.tolist() == path.tolist()
+        assert found.tokens.tolist() == own[[0, *(path + 1)]].tolist()
+        assert list(found.sources) == tree.sources[path].tolist()
 
 
 @bounded

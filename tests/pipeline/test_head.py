@@ -131,7 +131,7 @@ def test_entries_that_wait_are_those_written_at_once(num_pages: int, monkeypatch
         monkeypatch.setattr(head_entries, "_MOST_WAITING", most_waiting)
         engine = engine_with("llama", head_for("llama"), 4, OPTIONS, num_pages=num_pages, rule=Seldom())
         trees: list[list[int]] = []
-        engine.drafter.observer = lambda growth, trees=trees: trees.append(growth.tree.tokens.tolist())
+        engine.drafter.observer = lambda _, tokens, *__, trees=trees: trees.append(tokens.tolist())
         done = outputs(engine, requests)
         runs.append((trees, [(generation.drafted, generation.accepted) for generation in done]))
     assert sum(map(bool, runs[0][0])) > 20

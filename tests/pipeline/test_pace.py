@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.budget import StepTimes
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_forest import GrowingForest
 from pipeline.economy import EXPLORE_EVERY, THRESHOLDS, Economy, LevelTimes, net_tokens
 from pipeline.forest import Forest, fuse
 from pipeline.pace import EconomicPace, FullPace
@@ -20,12 +20,15 @@ FLAT = StepTimes((1, 64, 128), (0.04, 0.041, 0.042))  # rows cost almost nothing
 STEEP = StepTimes((1, 2, 4, 8, 16, 32, 64), tuple(0.002 * n for n in (1, 2, 4, 8, 16, 32, 64)))  # nothing but rows
 
 
-def grown(*logprobs: Sequence[float]) -> GrowingTree:
+def roots(num_views: int) -> GrowingForest:
+    return GrowingForest([3] * num_views, 8, 8)
+
+
+def grown(logprobs: Sequence[float]) -> GrowingForest:
     """A tree whose root was expanded; tokens are 0, 1, ..."""
-    tree = GrowingTree(8)
-    for row in logprobs:
-        tree.grow(np.array([row], np.float32), np.arange(len(row))[None])
-    return tree
+    forest = roots(1)
+    forest.grow(np.array([logprobs], np.float32), np.arange(len(logprobs))[None])
+    return forest
 
 
 def economy_with(times: StepTimes, level_seconds: float, row_seconds: float = 0.0) -> Economy:
@@ -37,23 +40,22 @@ def economy_with(times: StepTimes, level_seconds: float, row_seconds: float = 0.
 
 def test_a_free_level_is_always_worth_it() -> None:
     pace = EconomicPace(economy_with(FLAT, 1e-6), [EMPTY_TREE] * 2)
-    chosen = pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})
-    assert {index: keep.tolist() for index, keep in chosen.items()} == {0: [True], 1: [True]}
+    assert pace.expand(0, roots(2)).tolist() == [True, True]
 
 
 def test_a_level_that_takes_as_long_as_the_target_is_not() -> None:
-    assert not EconomicPace(economy_with(FLAT, 0.05), [EMPTY_TREE]).expand(0, {0: GrowingTree(8)})
+    assert not EconomicPace(economy_with(FLAT, 0.05), [EMPTY_TREE]).expand(0, roots(1)).any()
 
 
 def test_where_every_row_costs_a_plain_step_nothing_is_drafted() -> None:
     economy = economy_with(STEEP, 1e-4)
-    assert not EconomicPace(economy, [EMPTY_TREE] * 8).expand(0, {index: GrowingTree(8) for index in range(8)})
+    assert not EconomicPace(economy, [EMPTY_TREE] * 8).expand(0, roots(8)).any()
 
 
 def test_a_slot_whose_retrieval_is_sure_is_not_drafted_for() -> None:
     sure = TokenTree.of([5, 6], [-1, 0], "context", [0.98, 0.98])
     pace = EconomicPace(economy_with(FLAT, 2e-3, row_seconds=3e-3), [sure, EMPTY_TREE])
-    assert list(pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})) == [1]
+    assert pace.expand(0, roots(2)).tolist() == [False, True]
 
 
 def test_a_path_that_retrieval_continues_is_not_expanded() -> None:
@@ -62,7 +64,7 @@ def test_a_path_that_retrieval_continues_is_not_expanded() -> None:
     found = TokenTree.of([0, 9], [-1, 0], "context", [0.4, 0.99])
     for retrieved, expanded in ((found, [False, True]), (EMPTY_TREE, [True, True])):
         pace = EconomicPace(economy_with(FLAT, 2e-3, row_seconds=3e-3), [retrieved])
-        assert pace.expand(1, {0: tree})[0].tolist() == expanded
+        assert pace.expand(1, tree).tolist() == expanded
 
 
 def test_what_is_found_while_a_level_is_computed_stops_the_next() -> None:
@@ -70,23 +72,20 @@ def test_what_is_found_while_a_level_is_computed_stops_the_next() -> None:
     sure = TokenTree.of([0, 9], [-1, 0], "corpus", [0.9, 0.99])
     answers = [[sure]]
     pace = EconomicPace(economy_with(FLAT, 2e-3), [EMPTY_TREE], lambda: answers.pop() if answers else None)
-    assert list(pace.expand(0, {0: GrowingTree(8)})) == [0], "nothing is asked before the first level"
-    assert not pace.expand(1, {0: tree})
-    assert not pace.expand(2, {0: tree}), "and stays known"
+    assert pace.expand(0, roots(1)).all(), "nothing is asked before the first level"
+    assert not pace.expand(1, tree).any()
+    assert not pace.expand(2, tree).any(), "and stays known"
 
 
 def test_unlikely_nodes_are_left_where_rows_cost() -> None:
     economy = economy_with(StepTimes((1, 2, 4, 8, 16, 32, 64), np.linspace(0.04, 0.12, 7).tolist()), 1e-5)
     tree = grown([np.log(0.9), np.log(0.001)])
-    assert EconomicPace(economy, [EMPTY_TREE]).expand(1, {0: tree})[0].tolist() == [True, False]
+    assert EconomicPace(economy, [EMPTY_TREE]).expand(1, tree).tolist() == [True, False]
 
 
 def test_one_slot_is_explored_now_and_then() -> None:
     economy = economy_with(FLAT, 0.05)
-    drafted = [
-        list(EconomicPace(economy, [EMPTY_TREE] * 3).expand(0, {i: GrowingTree(8) for i in range(3)}))
-        for _ in range(160)
-    ]
+    drafted = [np.flatnonzero(EconomicPace(economy, [EMPTY_TREE] * 3).expand(0, roots(3))).tolist() for _ in range(160)]
     assert [len(chosen) for chosen in drafted].count(1) == 160 // EXPLORE_EVERY
     assert {chosen[0] for chosen in drafted if chosen} == {0, 1, 2}
 
@@ -192,7 +191,7 @@ def test_what_drafting_gained_is_learned_by_how_surely_retrieval_goes_on() -> No
     fused = TokenTree.of([5, 7], [-1, -1], "draft", [0.3, 0.6])
     for _ in range(400):
         pace = EconomicPace(economy, [found, EMPTY_TREE])
-        pace.expand(0, {0: GrowingTree(8), 1: GrowingTree(8)})
+        pace.expand(0, roots(2))
         # The draft model knows better than what was retrieved, and is wrong where nothing was.
         pace.observe(Forest.of([fused, fused]), Outcome.of([np.array([7, 1]), np.array([9])]))
     assert economy.worth[3] > 1.5
@@ -200,9 +199,10 @@ def test_what_drafting_gained_is_learned_by_how_surely_retrieval_goes_on() -> No
 
 
 def test_the_full_pace_expands_everything_wanted() -> None:
-    trees_by_view = {0: GrowingTree(4), 2: grown([-0.5, -1.0])}
-    assert {i: k.tolist() for i, k in FullPace().expand(0, trees_by_view).items()} == {0: [True], 2: [True, True]}
-    assert list(FullPace(wanted=frozenset([2])).expand(0, trees_by_view)) == [2]
+    forest = GrowingForest([2, 0, 2], 4, 2)
+    forest.grow(np.array([[-0.5, -np.inf], [-0.5, -1.0]], np.float32), np.array([[1, 2], [3, 4]]))
+    assert FullPace().expand(1, forest).tolist() == [True, True, True]
+    assert FullPace(wanted=frozenset([2])).expand(1, forest).tolist() == [False, True, True]
 
 
 def test_a_level_is_worth_what_the_levels_behind_it_bring() -> None:

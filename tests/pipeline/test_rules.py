@@ -14,7 +14,7 @@ from pipeline.acceptance import AcceptanceTable
 from pipeline.assemble import PAGE_SIZE
 from pipeline.budget import StepTimes
 from pipeline.context import ContextRetriever
-from pipeline.draft_tree import GrowingTree
+from pipeline.draft_forest import GrowingForest
 from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.forest import Forest
@@ -73,7 +73,7 @@ def test_a_long_match_switches_to_its_chain(drafted: TokenTree, retrieved: Token
     retrieval = Retrieval((), views)
     retrieval.trees = [retrieved]
     pace = rule.pace(views, retrieval)
-    assert list(pace.expand(0, {0: GrowingTree(4)})) == ([] if is_long else [0])
+    assert pace.expand(0, GrowingForest([2], 4, 2)).tolist() == [not is_long]
     (got,) = rule.join(views, Draft([EMPTY_TREE if is_long else drafted]), Forest.of([retrieved]))
     assert all_paths(got) == (all_paths(chain_of(retrieved)) if is_long else all_paths(drafted))
 
@@ -212,7 +212,7 @@ def test_what_came_behind_the_draft_is_no_gain_of_drafting() -> None:
     for _ in range(50):
         retrieval = Retrieval([Late()], views)  # type: ignore[list-item]
         pace = rule.pace(views, retrieval)
-        pace.expand(0, {0: GrowingTree(8)})
+        pace.expand(0, GrowingForest([3], 8, 8))
         (tree,) = rule.join(views, Draft([TokenTree.of([9], [-1], "draft", [0.1])]), retrieval.finish())
         rule.observe(Forest.of([tree]), Outcome.of([np.array([5, 6, 1])]))
     assert economy.worth[0] < 0.5, "the draft model found nothing"
