@@ -95,14 +95,14 @@ class Clock:
 class _Said(Graphs[Size, Any]):
     """Graphs of which each is computed once."""
 
-    def __init__(self, graphs: Graphs[Size, Any], clock: Clock, seconds: Callable[[int], float]) -> None:
+    def __init__(self, graphs: Graphs[Size, Any], clock: Clock, seconds: Callable[[Any], float]) -> None:
         super().__init__(graphs._function, torch.device("cpu"))
         self._clock = clock
         self._seconds = seconds
         self._outputs: dict[Size, Any] = {}
 
     def __call__(self, key: Size) -> Any:
-        self._clock.launch(self._seconds(key.num_rows))
+        self._clock.launch(self._seconds(key))
         with self._clock.standing_in():
             if key not in self._outputs:
                 self._outputs[key] = super().__call__(key)
@@ -160,13 +160,13 @@ def engine_with_models_still(
             return model(**inputs)
 
     target.model = too_large
-    target._passes._graphs = _Said(target._passes._graphs, clock, lambda rows: float(true_times(rows)))
+    target._passes._graphs = _Said(target._passes._graphs, clock, lambda size: float(true_times(size.num_rows)))
     if engine._reader is not None:
         drafter: Any = engine.drafter
         passes = drafter._passes
-        passes._graphs = _Said(passes._graphs, clock, lambda rows: _LEVEL_FIXED + _LEVEL_ROW * rows)
-        for part in ("features", "heads"):  # of what is noted for later, which is not captured
-            setattr(drafter._head, part, clock.model(getattr(drafter._head, part), waits=False))
+        passes._graphs = _Said(passes._graphs, clock, lambda size: _LEVEL_FIXED + _LEVEL_ROW * size.num_rows)
+        entries = drafter._entries._static
+        entries._graphs = _Said(entries._graphs, clock, lambda _: _LEVEL_FIXED / 4)
     engine.phases = Phases(clock.host)
     return engine
 

@@ -18,7 +18,7 @@ _SURPLUS_WEIGHT = 0.05  # of a round in the moving average
 _RATE_DECAY = 0.95
 _TIME_DECAY = 0.98
 _FIRST_LEVEL = 0.1  # of a target's step, until levels are timed
-# Of each kind of nodes, as multiples of `Economy.gains`.
+# Of each kind of nodes, as multiples of `gains_of`.
 _FIRST_WORTH = np.array([1.0, 1.2, 1.2, 1.0, 0.5, 0.1])
 _FIRST_TOKENS = 10.0  # weight of that guess
 _GAIN_DECAY = 0.99  # of a round
@@ -46,7 +46,7 @@ class LevelTimes:
         self._num_levels += 1
         if self._num_levels <= _WARM_UP:
             return
-        fixed, slope = self._line()
+        fixed, slope = self.line()
         most = _MOST_OFF * (fixed + slope * num_rows)
         is_off = seconds > most
         if is_off and not self._was_off:
@@ -56,7 +56,7 @@ class LevelTimes:
 
     def __call__(self, num_rows: np.ndarray) -> np.ndarray:
         """Seconds for each row count, [n] -> [n]."""
-        fixed, slope = self._line()
+        fixed, slope = self.line()
         seconds: np.ndarray = fixed + slope * num_rows
         return seconds
 
@@ -68,7 +68,7 @@ class LevelTimes:
         self._seconds = decay * self._seconds + seconds
         self._products = decay * self._products + num_rows * seconds
 
-    def _line(self) -> tuple[float, float]:
+    def line(self) -> tuple[float, float]:
         """a and b."""
         weight, squares = self._weight + _RIDGE, self._squares + _RIDGE
         determinant = weight * squares - self._rows * self._rows
@@ -91,7 +91,7 @@ class Economy:
         self.times = times
         self.level_times = LevelTimes(times)
         self.resting = Resting(times)
-        self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains`
+        self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains_of`
         self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
         self._gained = _FIRST_TOKENS * _FIRST_WORTH
         self._new = np.zeros((2, len(_FIRST_WORTH)))  # the same of this round
@@ -121,21 +121,9 @@ class Economy:
         few, many = self.times(np.array([rows, 2 * rows + 1]))
         return float(many - few) / (rows + 1)
 
-    def gains(self, level: int, values: np.ndarray, row_tokens: float) -> np.ndarray:
-        """Expected tokens from expanding nodes at a level beyond what their children's rows cost, [F].
-
-        For a node of value v it is v E[sum over children of max(p - row_tokens / v, 0)].
-
-        Args:
-            values: [F] probability that the node is reached; row_tokens: price of a row.
-        """
-        thresholds = row_tokens / np.maximum(values, 1e-9)
-        gains: np.ndarray = values * np.interp(thresholds, THRESHOLDS, self.surplus[level], right=0.0)
-        return gains
-
     @property
     def worth(self) -> np.ndarray:
-        """[kinds] what expanding nodes brought, as multiples of `gains`, which knows of the draft model alone.
+        """[kinds] what expanding nodes brought, as multiples of `gains_of`, which knows of the draft model alone.
 
         Where something was retrieved the draft model brings less that is new, but tells right from wrong.
         """
@@ -146,7 +134,7 @@ class Economy:
         """Drafting in some slots was expected to gain tokens beyond their rows' price, and gained so many.
 
         Args:
-            expected: [n, kinds] sums of `gains`, in each slot not all 0; gained: [n].
+            expected: [n, kinds] sums of `gains_of`, in each slot not all 0; gained: [n].
         """
         believed = expected * np.maximum(self.worth, 0.1)
         shares = believed / believed.sum(axis=1, keepdims=True)
@@ -211,6 +199,27 @@ class Economy:
         self._plain_tokens = _RATE_DECAY * self._plain_tokens + plain_tokens
         self._rows = _RATE_DECAY * self._rows + num_rows
         self._roots = _RATE_DECAY * self._roots + num_slots
+
+
+@njit(cache=True, nogil=True)
+def gains_of(values: np.ndarray, surplus: np.ndarray, row_tokens: float) -> np.ndarray:
+    """Expected tokens from expanding nodes of a level beyond what their children's rows cost, [F].
+
+    For a node of value v it is v E[sum over children of max(p - row_tokens / v, 0)].
+
+    Args:
+        values: [F] float32 probability that the node is reached; row_tokens: price of a row.
+        surplus: [thresholds] that expectation at each of `THRESHOLDS`.
+    """
+    gains, last = np.zeros(len(values)), len(THRESHOLDS) - 1
+    for i in range(len(values)):
+        threshold = np.float32(row_tokens) / max(values[i], np.float32(1e-9))
+        if threshold > THRESHOLDS[last]:
+            continue
+        at = min(np.searchsorted(THRESHOLDS, threshold, side="right") - 1, last - 1)
+        slope = (surplus[at + 1] - surplus[at]) / (THRESHOLDS[at + 1] - THRESHOLDS[at])
+        gains[i] = values[i] * (slope * (threshold - THRESHOLDS[at]) + surplus[at])
+    return gains
 
 
 @njit(cache=True, nogil=True)

@@ -147,12 +147,18 @@ class DraftHead(nn.Module):
 
     def heads(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [..., heads, D], key and value [..., K, D] of inputs [..., 2 H] at positions [...]."""
+        key, value = self.entries(inputs, positions)
+        query = self.query(inputs).unflatten(-1, (-1, self.config.head_dim))
+        return self._turned(query, positions), key, value
+
+    def entries(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of `heads`."""
         size = self.config.head_dim
-        query = self.query(inputs).unflatten(-1, (-1, size))
         key = self.key(inputs).unflatten(-1, (-1, size))
-        value = self.value(inputs).unflatten(-1, (-1, size))
-        cos, sin = rotary(positions, size, self.config.rope_theta)
-        return _rotated(query, cos, sin), _rotated(key, cos, sin), value
+        return self._turned(key, positions), self.value(inputs).unflatten(-1, (-1, size))
+
+    def _turned(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return _rotated(states, *rotary(positions, self.config.head_dim, self.config.rope_theta))
 
     def residual(self, inputs: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """What the layer adds to, [..., H]: the features before a token, and the token itself.

@@ -59,7 +59,8 @@ class HeadDrafter:
         # One feature for each slot, and one for each node that a draft computes.
         num_features = num_slots * (2 + options.num_scratch)
         self._passes = HeadPasses(head, cache, num_features, num_slots, options.branches, is_static=is_static)
-        self._entries = HeadEntries(head, cache, self._passes.features)
+        features = self._passes.features
+        self._entries = HeadEntries(head, cache, features, num_slots, is_static=self._passes.is_static)
         self._num_slots = num_slots
 
     def release(self, slot: int) -> None:

@@ -2,40 +2,53 @@
 
 A round commits a few tokens of every slot, and writing their entries at once costs as much as drafting a level. Where
 rounds do without a draft, most of that is never read; so entries wait until a draft is wanted, and are then computed
-for all slots in one pass.
+for all slots in one pass, captured in fixed sizes as drafting's are.
 """
 
+import bisect
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.head import DraftHead
+from pipeline.graphs import SIZES, Graphs, Staged
+from pipeline.head import NUM_DEPTHS, DraftHead
 from pipeline.kv_cache import PagedCache
 from pipeline.proposal import Committed
 
 _MOST_WAITING = 512  # tokens; their states take 6 H bytes each in 16 bits
 _NOTHING = -1  # in place of a row: nothing is known of the token before
+# Lines of what is computed for each token; of what is kept for each slot.
+_TOKEN, _POSITION, _PLACE, _BEFORE = range(4)
+_SLOT, _NEWEST = range(2)
 
 
 class HeadEntries:
     """Entries in a cache that shares the target's pages.
 
     Args:
-        cache: over the target's pages, and more.
-        features: [num_slots or more, H]; the row of each slot will hold the feature of its newest token with an entry.
+        cache: over the target's pages, and more; the last belongs to nobody.
+        features: [R + 2, H]; the row of each slot will hold the feature of its newest token with an entry. The last row
+            but one is zero, and the last is nobody's.
+        num_slots: the first rows are theirs.
+        is_static: compute in passes of fixed sizes.
     """
 
-    def __init__(self, head: DraftHead, cache: PagedCache, features: torch.Tensor) -> None:
+    def __init__(
+        self, head: DraftHead, cache: PagedCache, features: torch.Tensor, num_slots: int, *, is_static: bool
+    ) -> None:
         self._head = head
         self._cache = cache
         self._features = features
+        self._num_slots = num_slots
         self._known: set[int] = set()  # slots whose rows are set
         self._newest: dict[int, int] = {}  # by slot, the waiting row of its newest token
-        self._carried: list[torch.Tensor] = []  # features that waiting rows refer to
         self._states: list[torch.Tensor] = []
-        self._rows: list[np.ndarray] = []  # [n, 4] token, position, pool index, row of the token before
+        # [n, 4], lines as above; of the token before a waiting row, or from -2 down a slot.
+        self._rows: list[np.ndarray] = []
         self._num_waiting = 0
+        self._static = _Static(self._compute, features, num_slots) if is_static else None
 
     def knows(self, slot: int) -> bool:
         """Whether anything of the slot has been committed."""
@@ -62,45 +75,104 @@ class HeadEntries:
         for slot, (begin, end) in zip(committed.slots, pairwise(committed.begins.tolist()), strict=True):
             before[begin] = self._row_before(slot)
             self._newest[slot] = first + end - 1
-        self._rows.append(np.stack([committed.tokens, committed.positions, committed.places, before], axis=1))
+        self._rows.append(np.stack([committed.tokens, committed.positions, committed.places, before]))
         self._states.append(states)
         self._num_waiting += num_tokens
         if self._num_waiting >= _MOST_WAITING:
             self.write()
 
     def _row_before(self, slot: int) -> int:
-        """Of a slot's next token: a waiting row, or from -2 down a carried feature."""
+        """Of a slot's next token."""
         if (newest := self._newest.get(slot)) is not None:
             return newest
-        # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy.
-        if slot not in self._known:
-            return _NOTHING
-        self._carried.append(self._features[slot : slot + 1])  # changes when nothing waits any more
-        return _NOTHING - len(self._carried)
+        # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy. Rows of
+        # slots change when nothing waits any more.
+        return _NOTHING - 1 - slot if slot in self._known else _NOTHING
 
     def write(self) -> None:
         """Computes the entries of all that is waiting."""
         if not self._num_waiting:
             return
-        rows = np.concatenate(self._rows)
-        fused = self._head.features(torch.cat(self._states))
-        table = torch.cat([fused, *reversed(self._carried), fused.new_zeros(1, fused.shape[1])])  # -1 is its last row
-        before = np.where(rows[:, 3] < 0, len(table) + rows[:, 3], rows[:, 3])
-        index = torch.from_numpy(np.column_stack([rows[:, :3], before])).to(fused.device)
-        tokens, positions, places, before_rows = index.unbind(1)
-        _, key, value = self._head.heads(self._head.inputs(tokens, table[before_rows]), positions)
+        rows = np.concatenate(self._rows, axis=1)
         # A released slot's pages may be another's by now: of entries for one place the newest counts.
-        last = len(rows) - 1 - np.unique(rows[::-1, 2], return_index=True)[1]
-        if len(last) < len(rows):
-            kept = torch.from_numpy(last).to(fused.device)
-            places, key, value = places[kept], key[kept], value[kept]
-        self._cache.place(places)
-        self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
-        if self._newest:
-            newest = torch.tensor([list(self._newest), list(self._newest.values())], device=fused.device)
-            self._features.index_copy_(0, newest[0], fused[newest[1]])
+        is_older = np.ones(rows.shape[1], np.bool_)
+        is_older[rows.shape[1] - 1 - np.unique(rows[_PLACE, ::-1], return_index=True)[1]] = False
+        rows[_PLACE, is_older] = self._cache.last_page
+        newest = np.array([list(self._newest), list(self._newest.values())], np.int64).reshape(2, -1)
+        if self._static is None or not self._static.run(rows, newest, self._states, self._cache.last_page):
+            device = self._features.device
+            index = torch.from_numpy(_with_table_rows(rows, rows.shape[1], self._num_slots))
+            self._compute(index.to(device), torch.from_numpy(newest).to(device), torch.cat(self._states))
         self._known |= self._newest.keys()
         self._newest.clear()
-        for waiting in (self._carried, self._states, self._rows):
-            waiting.clear()
+        self._states.clear()
+        self._rows.clear()
         self._num_waiting = 0
+
+    def _compute(self, rows: torch.Tensor, newest: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes entries, [4, n] int64, and features of the newest tokens, [2, m] int64; states: [n, 3 H]."""
+        fused = self._head.features(states)
+        table = torch.cat([fused, self._features[: self._num_slots], self._features[-2:-1]])
+        inputs = self._head.inputs(rows[_TOKEN], table[rows[_BEFORE]])
+        key, value = self._head.entries(inputs, rows[_POSITION])
+        self._cache.place(rows[_PLACE])
+        self._cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], 0)
+        self._features.index_copy_(0, newest[_SLOT], fused[newest[_NEWEST]])
+
+
+class _Static:
+    """The same in passes of fixed sizes, padded.
+
+    Args:
+        compute: of `HeadEntries`.
+    """
+
+    def __init__(self, compute: Any, features: torch.Tensor, num_slots: int) -> None:
+        device, most = features.device, SIZES[-1]
+        self._compute = compute
+        self._num_slots = num_slots
+        self._nobodys = len(features) - 1
+        self._rows = Staged((4 * most,), torch.int64, device)
+        self._newest = Staged((2 * num_slots,), torch.int64, device)
+        self._states = features.new_zeros(most, NUM_DEPTHS * features.shape[1])
+        self._graphs: Graphs[int, bool] = Graphs(self._pass, device)
+        self._read: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def run(self, rows: np.ndarray, newest: np.ndarray, states: list[torch.Tensor], trash: int) -> bool:
+        """Whether there was room for it, and it could be captured.
+
+        Args:
+            trash: a pool token index that belongs to nobody.
+        """
+        count, num_newest = rows.shape[1], newest.shape[1]
+        if count > SIZES[-1]:
+            return False
+        if self._read is not None:
+            self._read.synchronize()
+        size = SIZES[bisect.bisect_left(SIZES, count)]
+        lines = self._rows.host[: 4 * size].reshape(4, size)
+        lines[:, :count] = _with_table_rows(rows, size, self._num_slots)
+        lines[:, count:] = np.array([[0], [0], [trash], [size + self._num_slots]])
+        kept = self._newest.host.reshape(2, -1)
+        kept[:, :num_newest] = newest
+        kept[:, num_newest:] = np.array([[self._nobodys], [0]])
+        torch.cat(states, out=self._states[:count])
+        was_computed = self._graphs(size) is not None
+        if self._read is not None:
+            self._read.record()
+        return was_computed
+
+    def _pass(self, size: int) -> bool:
+        self._rows.send(4 * size)
+        self._newest.send()
+        rows = self._rows.device[: 4 * size].view(4, size)
+        self._compute(rows, self._newest.device.view(2, -1), self._states[:size])
+        return True
+
+
+def _with_table_rows(rows: np.ndarray, num_fused: int, num_slots: int) -> np.ndarray:
+    """[4, n] with the row of the token before as its number in a table: `num_fused` features of waiting tokens, those
+    of the slots, and zero."""
+    before = rows[_BEFORE]
+    numbered = np.where(before == _NOTHING, num_fused + num_slots, num_fused + _NOTHING - 1 - before)
+    return np.concatenate([rows[:_BEFORE], np.where(before >= 0, before, numbered)[None]])

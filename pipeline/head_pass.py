@@ -29,6 +29,7 @@ class HeadPasses:
 
     Attributes:
         features: [R + 2, H] the table; its first rows are the caller's.
+        is_static: whether passes have fixed sizes.
 
     Args:
         cache: whose last page belongs to nobody.
@@ -58,7 +59,8 @@ class HeadPasses:
         self.features = torch.zeros(num_features + 2, config.hidden_size, dtype=cache.shape.dtype, device=device)
         self._row: StaticRow | None = None
         pays = graphs.pays(device) and can_be_static(device)
-        if pays if is_static is None else is_static:
+        self.is_static = pays if is_static is None else is_static
+        if self.is_static:
             fold, fills = config.num_heads // config.num_kv_heads, (num_features, num_features + 1)
             self._row = StaticRow(fold, cache.last_page, device, num_slots, has_windows=False, fills=fills)
             self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, device)

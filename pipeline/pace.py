@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from pipeline.draft_forest import GrowingForest
-from pipeline.economy import COVERED, Economy, net_tokens_of
+from pipeline.economy import COVERED, Economy, gains_of, net_tokens_of
 from pipeline.forest import Forest
 from pipeline.tree import TokenTree
 from pipeline.verify import Outcome
@@ -91,24 +91,16 @@ class EconomicPace:
     def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
         if level and (found := self._newly_found()) is not None:
             self.learn(found)
-        places, views = forest.places_in(self._retrieved), forest.frontier_views
-        covered = np.where(places < 0, 0.0, self._covered[places])
-        kinds = np.searchsorted(COVERED, covered)
-        alone = self._economy.gains(level, np.exp(forest.frontier_logprobs), self._row_tokens)
-        gains = alone * self._economy.worth[kinds]
-        order = np.argsort(-gains, kind="stable")
-        rows = np.arange(1, len(gains) + 1)
-        worth, cost = np.cumsum(gains[order]), self._rate * self._economy.level_times(rows)
-        net = worth * (1.0 + self._economy.options()[level]) - cost
-        best = int(np.argmax(net))
-        keep = np.zeros(len(gains), np.bool_)
-        if net[best] > 0:
-            keep[order[: best + 1]] = True
-            self.gains[level], self.nets[level] = worth[best], worth[best] - cost[best]
-        if self._explored is not None:
-            keep[views == self._explored] = True
-        np.add.at(self._expected, (views[keep], kinds[keep]), alone[keep])
-        self.num_expanded[level] = keep.sum()
+        economy = self._economy
+        fixed, per_row = economy.level_times.line()
+        keep, gain, net = _chosen(
+            forest.places_in(self._retrieved),
+            forest.frontier_views,
+            np.exp(forest.frontier_logprobs),
+            *(self._covered, economy.worth, economy.surplus[level], economy.options()[level], self._expected),
+            *(self._row_tokens, self._rate, fixed, per_row, -1 if self._explored is None else self._explored),
+        )
+        self.gains[level], self.nets[level], self.num_expanded[level] = gain, net, np.count_nonzero(keep)
         return keep
 
     def took(self, num_rows: int, seconds: float) -> None:
@@ -137,3 +129,57 @@ def _covered(parents: np.ndarray, scores: np.ndarray, begins: np.ndarray) -> np.
         for i in range(begins[tree], begins[tree + 1]):
             covered[begins[tree] + tree + parents[i] + 1] += scores[i]
     return covered
+
+
+@njit(cache=True, nogil=True)
+def _chosen(
+    places: np.ndarray,
+    views: np.ndarray,
+    values: np.ndarray,
+    covered: np.ndarray,
+    worth: np.ndarray,
+    surplus: np.ndarray,
+    option: float,
+    expected: np.ndarray,
+    row_tokens: float,
+    rate: float,
+    level_fixed: float,
+    level_row: float,
+    explored: int,
+) -> tuple[np.ndarray, float, float]:
+    """What a level expands: the best nodes, as many as maximise what they gain beyond the level's time.
+
+    Args:
+        places: [F] of each node among what is `covered`, -1 for none; values: [F] float32 probability of its path.
+        worth: [kinds]; surplus: [thresholds] of the level; see `Economy`.
+        option: what the level is worth for those that may follow it, as a share of its gains.
+        expected: [views, kinds] grows by the gains of what is expanded.
+        explored: view of which all is expanded.
+
+    Returns:
+        [F] bool; what the level gains, and how much of it is left beyond its time: 0 if it is not worth it.
+    """
+    num_nodes = len(values)
+    kinds, alone = np.zeros(num_nodes, np.int64), gains_of(values, surplus, row_tokens)
+    gains = np.empty(num_nodes)
+    for i in range(num_nodes):
+        sure = covered[places[i]] if places[i] >= 0 else 0.0
+        while kinds[i] < len(COVERED) and COVERED[kinds[i]] < sure:
+            kinds[i] += 1
+        gains[i] = alone[i] * worth[kinds[i]]
+    order = np.argsort(-gains, kind="mergesort")  # stable
+    best, best_net, gain, total = -1, 0.0, 0.0, 0.0
+    for i in range(num_nodes):
+        total += gains[order[i]]
+        cost = rate * (level_fixed + level_row * (i + 1))
+        if total * (1.0 + option) - cost > best_net:
+            best, best_net, gain = i, total * (1.0 + option) - cost, total
+    keep = np.zeros(num_nodes, np.bool_)
+    for i in range(best + 1):
+        keep[order[i]] = True
+    for i in range(num_nodes):
+        keep[i] |= views[i] == explored
+        if keep[i]:
+            expected[views[i], kinds[i]] += alone[i]
+    net = gain - rate * (level_fixed + level_row * (best + 1)) if best >= 0 else 0.0
+    return keep, gain, net
