@@ -53,14 +53,7 @@ class PlayedEngine(Engine):
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         forward, choices = super()._verify(work)
-        token_ids = np.array(choices.token_ids)
-        for item, begin in zip(work, forward.begin, strict=True):
-            if begin >= 0:
-                slot = item.slot
-                output = self.recording.outputs[slot.request.request_id % len(self.recording.outputs)]
-                said = choices_along(item.run.tree, output[slot.num_output :])
-                token_ids[begin : begin + len(said)] = said
-        return forward, Choices(token_ids, None)
+        return forward, chosen(self.recording, work, forward, choices)
 
 
 class _PlayedHead(HeadDrafter):
@@ -69,9 +62,26 @@ class _PlayedHead(HeadDrafter):
     def _level(self, views: Sequence[SlotView], forest: GrowingForest, places: Any) -> Outputs:
         logits, top = super()._level(views, forest, places)
         top.cpu()  # as a round waits for it
-        logprobs, tokens = candidates(self.recording, views, forest)
-        bits = logprobs.astype(np.float32).view(np.int32)
-        return logits, torch.from_numpy(np.stack([bits, tokens.astype(np.int32)], axis=1))
+        return logits, likeliest(self.recording, views, forest)
+
+
+def chosen(recording: Recording, work: Sequence[Work], forward: Forward, choices: Choices) -> Choices:
+    """What a recording's target said, in place of a pass's choices."""
+    token_ids = np.array(choices.token_ids)
+    for item, begin in zip(work, forward.begin, strict=True):
+        if begin >= 0:
+            slot = item.slot
+            output = recording.outputs[slot.request.request_id % len(recording.outputs)]
+            said = choices_along(item.run.tree, output[slot.num_output :])
+            token_ids[begin : begin + len(said)] = said
+    return Choices(token_ids, None)
+
+
+def likeliest(recording: Recording, views: Sequence[SlotView], forest: GrowingForest) -> torch.Tensor:
+    """What a recording's draft model said of a frontier, see `pipeline.growth.top_of`."""
+    logprobs, tokens = candidates(recording, views, forest)
+    bits = logprobs.astype(np.float32).view(np.int32)
+    return torch.from_numpy(np.stack([bits, tokens.astype(np.int32)], axis=1))
 
 
 def played_engine(

@@ -209,7 +209,7 @@ def host_times(recording: Recording, name: str, slots: int, searcher: Searcher) 
 @contextmanager
 def _standing_in(clock: Clock) -> Iterator[None]:
     """What says in the models' stead what was recorded takes no time of the host."""
-    places = [(gpu_played, "candidates", True), (gpu_played, "choices_along", False), (pipeline.engine, "choose", True)]
+    places = [(gpu_played, "likeliest", True), (gpu_played, "chosen", False), (pipeline.engine, "choose", True)]
     originals = [getattr(module, name) for module, name, _ in places]
     for (module, name, waits), original in zip(places, originals, strict=True):
         setattr(module, name, clock.model(original, waits=waits))

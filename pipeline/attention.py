@@ -20,7 +20,7 @@ from pipeline import cpu_attention
 from pipeline.errors import ModelError
 from pipeline.graphs import has_compiler
 from pipeline.kv_cache import PagedCache
-from pipeline.packing import PackedRow
+from pipeline.packing import Packed, PackedRow
 from pipeline.tiles import CAUSAL, Tiles, attend_by_tile, rows_per_tile, tiles_on
 
 IMPLEMENTATION = "rasd"
@@ -75,19 +75,19 @@ def rasd_attention(
     assert row is not None
     computed = None if row.computed is None else row.computed.to(q.device)
     if computed is not None:  # nodes done before ask nothing, but stand in the masks
-        q = q.new_zeros((len(row.positions), *q.shape[1:])).index_copy_(0, computed, q)  # [T, H, D]
-    num_runs = len(row.cached)
-    num_short = row.num_short if cpu_attention.is_available() and _has_kernel(q) else 0
+        q = q.new_zeros((len(row.arrays.positions), *q.shape[1:])).index_copy_(0, computed, q)  # [T, H, D]
+    num_runs = len(row.arrays.cached)
+    num_short = row.arrays.num_short if cpu_attention.is_available() and _has_kernel(q) else 0
     parts: list[torch.Tensor] = []
     if num_short:
         batch = _kernel_batch(row)
-        rows = q[: row.starts[num_short]]
+        rows = q[: row.arrays.starts[num_short]]
         parts.append(
             cpu_attention.attend(rows, keys, values, batch, scale=scale, sliding_window=sliding_window, softcap=softcap)
         )
-    elif row.num_short:
-        parts.append(_gathered(q, keys, values, row, (0, row.num_short), scale, sliding_window, softcap))
-    for i in range(row.num_short, num_runs):
+    elif row.arrays.num_short:
+        parts.append(_gathered(q, keys, values, row, (0, row.arrays.num_short), scale, sliding_window, softcap))
+    for i in range(row.arrays.num_short, num_runs):
         parts.append(_gathered(q, keys, values, row, (i, i + 1), scale, sliding_window, softcap))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return (out if computed is None else out[computed])[None], None
@@ -144,7 +144,7 @@ def _attend_tiles(
 def _tiles(row: PackedRow, fold: int, device: torch.device) -> Tiles:
     tiles = row.scratch.get(("tiles", device))
     if not isinstance(tiles, Tiles):
-        tiles = row.scratch["tiles", device] = tiles_on(row, rows_per_tile(fold), device)
+        tiles = row.scratch["tiles", device] = tiles_on(row.arrays, rows_per_tile(fold), device)
     return tiles
 
 
@@ -155,14 +155,14 @@ def _has_kernel(query: torch.Tensor) -> bool:
 def _kernel_batch(row: PackedRow) -> cpu_attention.AttentionBatch:
     batch = row.scratch.get("kernel")
     if not isinstance(batch, cpu_attention.AttentionBatch):
-        n = row.num_short
+        n = row.arrays.num_short
         batch = cpu_attention.AttentionBatch(
-            starts=row.starts[: n + 1],
-            cached=row.cached[:n],
-            block_table=row.block_table[:n],
-            positions=row.positions[: row.starts[n]],
-            mask=row.mask,
-            mask_starts=row.mask_starts[:n],
+            starts=row.arrays.starts[: n + 1],
+            cached=row.arrays.cached[:n],
+            block_table=row.arrays.block_table[:n],
+            positions=row.arrays.positions[: row.arrays.starts[n]],
+            mask=row.arrays.mask,
+            mask_starts=row.arrays.mask_starts[:n],
         )
         row.scratch["kernel"] = batch
     return batch
@@ -188,25 +188,27 @@ class _Group:
 
 
 def _group(row: PackedRow, span: tuple[int, int], window: int | None, device: torch.device) -> _Group:
+    arrays = row.arrays
     cached_group = row.scratch.get((span, window, device))
     if isinstance(cached_group, _Group):
         return cached_group
     runs = range(*span)
-    lengths = np.diff(row.starts)[span[0] : span[1]]
-    cached = row.cached[span[0] : span[1]]
+    lengths = np.diff(arrays.starts)[span[0] : span[1]]
+    cached = arrays.cached[span[0] : span[1]]
     width, num_keys = int(lengths.max()), int((cached + lengths).max())
-    page_count = -(-num_keys // row.page_size)
+    page_count = -(-num_keys // arrays.page_size)
     column = np.arange(width)
     real = column[None, :] < lengths[:, None]
-    query_index = np.where(real, row.starts[span[0] : span[1], None] + column, row.starts[span[0] : span[1], None])
+    first = arrays.starts[span[0] : span[1], None]
+    query_index = np.where(real, first + column, first)
     visible: torch.Tensor | None = None
-    if len(runs) > 1 or cached[0] > 0 or row.mask_starts[span[0]] >= 0 or (window is not None and num_keys > window):
+    if len(runs) > 1 or cached[0] > 0 or arrays.mask_starts[span[0]] >= 0 or (window is not None and num_keys > window):
         blocks = np.zeros((len(runs), 1, width, num_keys), np.bool_)
         for block, s in zip(blocks, runs, strict=True):
-            _fill_visible(block[0], row, s, window)
+            _fill_visible(block[0], arrays, s, window)
         visible = torch.from_numpy(blocks).to(device)
     group = _Group(
-        pages=torch.from_numpy(row.block_table[span[0] : span[1], :page_count].astype(np.int64)).to(device),
+        pages=torch.from_numpy(arrays.block_table[span[0] : span[1], :page_count].astype(np.int64)).to(device),
         num_keys=num_keys,
         query_index=torch.from_numpy(query_index).to(device),
         output_index=torch.from_numpy(np.flatnonzero(real.ravel())).to(device),
@@ -216,17 +218,17 @@ def _group(row: PackedRow, span: tuple[int, int], window: int | None, device: to
     return group
 
 
-def _fill_visible(block: np.ndarray, row: PackedRow, s: int, window: int | None) -> None:
+def _fill_visible(block: np.ndarray, arrays: Packed, s: int, window: int | None) -> None:
     """Marks in `block`, [N, L], what each node of run `s` may see; padding nodes see the first key, to stay finite."""
-    begin, end = row.starts[s], row.starts[s + 1]
-    n, cached = end - begin, row.cached[s]
+    begin, end = arrays.starts[s], arrays.starts[s + 1]
+    n, cached = end - begin, arrays.cached[s]
     block[:, 0] = True
     block[:n, :cached] = True
-    start = row.mask_starts[s]
-    inside = np.tri(n, dtype=np.bool_) if start < 0 else row.mask[start : start + n * n].reshape(n, n)
+    start = arrays.mask_starts[s]
+    inside = np.tri(n, dtype=np.bool_) if start < 0 else arrays.mask[start : start + n * n].reshape(n, n)
     block[:n, cached : cached + n] = inside
     if window is not None:
-        positions = row.positions[begin:end]
+        positions = arrays.positions[begin:end]
         key_positions = np.concatenate([np.arange(cached, dtype=np.int32), positions])
         block[:n, : cached + n] &= positions[:, None] - key_positions[None, :] < window
 

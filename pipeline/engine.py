@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
-from pipeline.errors import JobError, RowError
+from pipeline.errors import JobError
 from pipeline.forest import Forest
 from pipeline.graphs import Graphs
 from pipeline.keeping import followed, kept_of
@@ -23,8 +24,9 @@ from pipeline.pages import PagePool
 from pipeline.phases import Phases
 from pipeline.proposal import FeatureDrafter
 from pipeline.provenance import Recorder
-from pipeline.request import Generation, Request
+from pipeline.request import Generation, Request, check_prompt
 from pipeline.retrieval import Retrieval
+from pipeline.rules import Lesson
 from pipeline.sampling import Choices, choose
 from pipeline.scheduler import MIN_CHUNK, Scheduler, Work, num_rows_of
 from pipeline.slots import Slot
@@ -96,10 +98,12 @@ class Engine:
         self._config = config
         self._times = times
         pool = PagePool(target.num_pages, target.cache.page_size)
-        self._proposed = Forest.empty(0)  # this round's candidates
+        self._proposed = self._selected = Forest.empty(0)  # this round's candidates, and those chosen
+        self._num_rows = (0, 0)  # of this round's pass, and how many are prefill
         self._places: dict[int, int] = {}  # by slot, the place of its tree among them
         self._rests = False  # whether this round does without speculation
         self._emitted = 0  # tokens of this round
+        self._lesson: Callable[[], None] | None = None  # of the last round, not learned yet
         self._overhead = 0.0  # seconds of a round's commit, lately
         self._clock = clock
         self.phases = Phases(clock)
@@ -128,24 +132,8 @@ class Engine:
         Raises:
             RowError: the prompt is empty, holds ids outside the vocabulary, or leaves no room for an output token.
         """
-        num_prompt = len(request.prompt_ids)
-        if num_prompt == 0:
-            raise RowError("empty_prompt", "The prompt has no tokens; give it some text.")
-        if num_prompt >= self._config.max_context:
-            raise RowError(
-                "prompt_too_long",
-                f"The prompt has {num_prompt} tokens; the context holds {self._config.max_context} with at least one "
-                "output token. Shorten the prompt, or raise --max-context or --kv-memory if the model allows.",
-            )
-        vocabulary = self.target.config.vocab_size
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocabulary:
-            outside = next(token for token in request.prompt_ids if not 0 <= token < vocabulary)
-            raise RowError(
-                "invalid_token",
-                f"The prompt holds token id {outside}, outside the model's vocabulary of {vocabulary}; "
-                "the tokenizer does not belong to the model.",
-            )
-        max_new_tokens = min(request.params.max_new_tokens, self._config.max_context - num_prompt)
+        check_prompt(request.prompt_ids, self._config.max_context, self.target.config.vocab_size)
+        max_new_tokens = min(request.params.max_new_tokens, self._config.max_context - len(request.prompt_ids))
         stop = StopCheck(request.params, max_new_tokens, self._eos_ids, self._decoder)
         self._scheduler.submit(Slot.of(request, stop))
 
@@ -186,8 +174,9 @@ class Engine:
         self._places = {slot.number: place for place, slot in enumerate(decoding)}
         self._proposed = self._propose(decoding)
         with self.phases("select"):
-            trees = self._select(self._clock() - begin)
-            work = self._scheduler.plan(dict(zip(self._places, trees, strict=True)))
+            self._selected = self._select(self._clock() - begin)
+            work = self._scheduler.plan(dict(zip(self._places, self._selected, strict=True)))
+        self._num_rows = num_rows_of(work)
         with self.phases("verify"):
             forward, choices = self._verify(work)
         with self.phases("commit"):
@@ -236,7 +225,7 @@ class Engine:
 
     def _observe_round(self, work: Sequence[Work], seconds: float) -> None:
         """Learns what a round takes and brings, prefill left out."""
-        num_rows, num_prefill = num_rows_of(work)
+        num_rows, num_prefill = self._num_rows
         num_slots = sum(len(item.run.known) == 1 for item in work)
         if self._times is not None and num_slots and num_prefill <= _MOST_PREFILL * num_rows:
             whole, own = self._times(np.array([num_rows, num_rows - num_prefill]))
@@ -251,8 +240,10 @@ class Engine:
             self._reader.copy(*(torch.from_numpy(index).to(self.target.device) for index in copies))
         begin, num_captures = self._clock(), Graphs.num_captures
         forward = self.target.forward([item.run for item in work])
+        if self._lesson is not None:
+            self._lesson()
         choices = self._choose(work, forward)
-        num_rows, num_prefill = num_rows_of(work)
+        num_rows, num_prefill = self._num_rows
         is_usual = num_prefill <= _MOST_PREFILL * num_rows and Graphs.num_captures == num_captures
         if self._times is not None and is_usual:
             self._times.observe(num_rows, self._clock() - begin)
@@ -307,7 +298,10 @@ class Engine:
         none = np.empty(0, np.int32)
         emitting = [i for i, begin in enumerate(forward.begin) if begin >= 0]
         rows = np.array([forward.begin[i] for i in emitting], np.int64)
-        verified = Forest.of([work[i].run.tree for i in emitting])
+        trees = [work[i].run.tree for i in emitting]
+        is_whole = [work[i].slot.number for i in emitting] == list(self._places)
+        is_whole = is_whole and sum(map(len, trees)) == self._selected.num_nodes
+        verified = self._selected if is_whole else Forest.of(trees)
         walks = walk_forest(verified, choices.token_ids, rows)
         shown = [none] * len(self._proposed)
         kept = [none] * len(work)
@@ -318,10 +312,14 @@ class Engine:
                 shown[proposed] = walk.tokens
             kept[i] = self._emit(slot, work[i].run.tree, walk, forward.begin[i], choices)
         if not self._rests:
-            shown_all = Outcome.of(shown)
-            self._acceptance.observe(self._proposed, shown_all)
-            self._rule.observe(self._proposed, shown_all)
+            self._lesson = partial(self._learn, self._proposed, Outcome.of(shown), self._rule.lesson())
         return kept
+
+    def _learn(self, proposed: Forest, outcome: Outcome, lesson: Lesson) -> None:
+        """A round's proposals and what became of them. It can wait until the device has a next pass to compute."""
+        self._acceptance.observe(proposed, outcome)
+        lesson(proposed, outcome)
+        self._lesson = None
 
     def _emit(self, slot: Slot, tree: TokenTree, walk: Walk, begin: int, choices: Choices) -> np.ndarray:
         """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A].

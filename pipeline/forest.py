@@ -3,8 +3,9 @@
 Fusion and pruning of RASD (arXiv 2503.03434, section 3) are done here, for all slots at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -88,6 +89,13 @@ class Forest(Sequence[TokenTree]):
         return TokenTree(
             self.tokens[nodes], self.parents[nodes], self.scores[nodes], self.evidence[nodes], self.matches[nodes]
         )
+
+    def __iter__(self) -> Iterator[TokenTree]:
+        for begin, end in pairwise(self.begins.tolist()):
+            nodes = slice(begin, end)
+            yield TokenTree(
+                self.tokens[nodes], self.parents[nodes], self.scores[nodes], self.evidence[nodes], self.matches[nodes]
+            )
 
     def with_scores(self, scores: np.ndarray) -> "Forest":
         """The same nodes with other scores, [T] float32."""

@@ -12,7 +12,7 @@ from pipeline.graphs import Graphs
 from pipeline.growth import top_of
 from pipeline.head import DraftHead
 from pipeline.kv_cache import PagedCache
-from pipeline.packing import Runs, pack
+from pipeline.packing import PackedRow, Runs, pack
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
@@ -72,20 +72,17 @@ class HeadPasses:
             before: [M] int64 rows of the table with the feature of the token before each node.
             first: row of the table where the layer's output for the first node goes, the others' behind it.
         """
-        page_size, outputs = self._cache.page_size, np.arange(first, first + len(before))
-        if self._row is not None:
-            row = pack(runs, len(runs), page_size, torch.device("cpu"))
-            if (size := self._row.put(row, (before, outputs))) is not None:
-                found = self._graphs(size)
-                self._row.was_used()
-                if found is not None:
-                    logits, top = found
-                    return logits[: len(before)], top[: len(before)]
-        device = self._cache.device
-        row = pack(runs, len(runs), page_size, device)
-        places = torch.from_numpy(np.stack([before, outputs])).to(device)
-        context = AttentionContext(row, self._cache)
-        return self._pass(row.token_ids[0], row.position_ids[0], row.write_index, places, context)
+        places = np.stack([before, np.arange(first, first + len(before))])
+        packed = pack(runs, len(runs), self._cache.page_size)
+        if self._row is not None and (size := self._row.put(packed, places)) is not None:
+            found = self._graphs(size)
+            self._row.was_used()
+            if found is not None:
+                logits, top = found
+                return logits[: len(before)], top[: len(before)]
+        row = PackedRow(packed, self._cache.device)
+        context, on_device = AttentionContext(row, self._cache), torch.from_numpy(places).to(self._cache.device)
+        return self._pass(row.token_ids[0], row.position_ids[0], row.write_index, on_device, context)
 
     def _static_pass(self, size: Size) -> Outputs:
         assert self._row is not None

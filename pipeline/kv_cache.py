@@ -35,14 +35,13 @@ class KVShape:
 
 
 class _Pool:
-    """Keys and values of the layers on one device, each [layers, P, K, page, D]."""
+    """Keys and values of the layers on one device, [layers, P, K, page, D] each and one behind the other."""
 
     def __init__(self, shape: KVShape, num_layers: int, num_pages: int, page_size: int, device: torch.device) -> None:
-        size = (num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim)
-        self.keys = _zeros(size, shape.dtype, device)
-        self.values = _zeros(size, shape.dtype, device)
-        self.flat_keys = self.keys.view(num_layers, -1, shape.head_dim)
-        self.flat_values = self.values.view(num_layers, -1, shape.head_dim)
+        size = (2, num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim)
+        self.keys, self.values = both = _zeros(size, shape.dtype, device)
+        self._flat = both.view(2 * num_layers, -1, shape.head_dim)
+        self.flat_keys, self.flat_values = self._flat.chunk(2)
         self.rows = torch.empty(0, dtype=torch.int64, device=device)  # [K * T] where the current row's tokens go
         self._device = device
         self._page_size = page_size
@@ -56,9 +55,9 @@ class _Pool:
         return (page * self._page_rows + self._head + (cache_index - page * self._page_size)).flatten()
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        source_rows, target_rows = self.row_index(source), self.row_index(target)
-        self.flat_keys[:, target_rows] = self.flat_keys[:, source_rows]
-        self.flat_values[:, target_rows] = self.flat_values[:, source_rows]
+        rows = self.row_index(torch.cat([source, target])).view(len(self._head), 2, -1)
+        moved = self._flat.index_select(1, rows[:, 0].flatten())
+        self._flat.index_copy_(1, rows[:, 1].flatten(), moved)
 
 
 class PagedCache(Cache):

@@ -5,7 +5,7 @@ tree of 60 or a prefill chunk of 500. Pure arithmetic over arrays; no slot state
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -89,14 +89,13 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedRow:
-    """All runs of a round as arrays.
+class Packed:
+    """All runs of a round as arrays of T nodes, of which C <= T are computed.
 
     Attributes:
-        token_ids, position_ids: [1, C] int64 tensors on the model's device, of the C <= T nodes that are computed.
-        write_index: [C] int64 tensor, pool token index (page * page_size + offset) of each one's key and value.
-        logits_index: [M] int64 tensor, which of the C need logits, in order.
-        computed: [C] int64 tensor, their places among the T nodes; None if these are all.
+        nodes: [3, C] int64 token, position, and pool token index (page * page_size + offset) of each one's entry.
+        logits_index: [M] int64 which of the C need logits, in order.
+        computed: [C] int64 their places among the T nodes; None if these are all.
         num_done: [S] int32, leading nodes of each run that are not computed.
         starts: [S + 1] int32, the range of each run.
         cached: [S] int32, tokens in the cache before each run.
@@ -105,14 +104,11 @@ class PackedRow:
         mask, mask_starts: visibility inside tree runs, see `pipeline.cpu_attention.AttentionBatch`.
         page_size: tokens a page.
         num_short: the first `num_short` runs are trees or short chains, the others long chains (prefill chunks).
-        scratch: what attention derives from the row once for all layers.
     """
 
-    token_ids: torch.Tensor
-    position_ids: torch.Tensor
-    write_index: torch.Tensor
-    logits_index: torch.Tensor
-    computed: torch.Tensor | None
+    nodes: np.ndarray
+    logits_index: np.ndarray
+    computed: np.ndarray | None
     num_done: np.ndarray
     starts: np.ndarray
     cached: np.ndarray
@@ -122,7 +118,25 @@ class PackedRow:
     mask_starts: np.ndarray
     page_size: int
     num_short: int
-    scratch: dict[object, object] = field(default_factory=dict)
+
+
+class PackedRow:
+    """The same for a model on a device.
+
+    Attributes:
+        token_ids, position_ids: [1, C] int64 tensors.
+        write_index, logits_index, computed: see `Packed.nodes` and `Packed`, as tensors.
+        arrays: what it was made of.
+        scratch: what attention derives from the row once for all layers.
+    """
+
+    def __init__(self, arrays: Packed, device: torch.device) -> None:
+        nodes = torch.from_numpy(arrays.nodes).to(device)
+        self.token_ids, self.position_ids, self.write_index = nodes[:1], nodes[1:2], nodes[2]
+        self.logits_index = torch.from_numpy(arrays.logits_index).to(device)
+        self.computed = None if arrays.computed is None else torch.from_numpy(arrays.computed).to(device)
+        self.arrays = arrays
+        self.scratch: dict[object, object] = {}
 
 
 def order_runs(runs: Sequence[Run], long_chain: int) -> tuple[list[int], int]:
@@ -133,7 +147,7 @@ def order_runs(runs: Sequence[Run], long_chain: int) -> tuple[list[int], int]:
     return short + long, len(short)
 
 
-def pack(runs: Runs, num_short: int, page_size: int, device: torch.device) -> PackedRow:
+def pack(runs: Runs, num_short: int, page_size: int) -> Packed:
     """Packs runs, already ordered short first, into one row."""
     num_known, num_nodes, table = runs.num_known, runs.num_nodes, runs.block_table
     assert (num_known[num_nodes > 0] == 1).all()
@@ -143,13 +157,10 @@ def pack(runs: Runs, num_short: int, page_size: int, device: torch.device) -> Pa
         runs.parents.astype(np.int32, copy=False),
         *(num_known, num_nodes, runs.num_done, runs.cached, runs.wants_logits, table, page_size),
     )
-    token_ids, places, write_index = nodes
-    return PackedRow(
-        token_ids=torch.from_numpy(token_ids)[None].to(device),
-        position_ids=torch.from_numpy(places)[None].to(device),
-        write_index=torch.from_numpy(write_index).to(device),
-        logits_index=torch.from_numpy(logits_index).to(device),
-        computed=None if len(computed) == len(positions) else torch.from_numpy(computed).to(device),
+    return Packed(
+        nodes=nodes,
+        logits_index=logits_index,
+        computed=None if len(computed) == len(positions) else computed,
         num_done=runs.num_done,
         starts=starts,
         cached=runs.cached,

@@ -311,6 +311,8 @@ class ReplayEngine(Engine):
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
         self._scheduler.take_copies()
+        if self._lesson is not None:
+            self._lesson()
         begins: list[int] = []
         choices: list[int] = []
         for item in work:

@@ -1,11 +1,12 @@
 """What goes into the engine and what comes out: value types, no behaviour beyond validation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RowError
 
 FinishReason = Literal["stop", "length"]
 
@@ -104,3 +105,29 @@ class Generation:
     rounds_without_draft: int = 0
     logprobs: tuple[float, ...] = ()
     num_requeues: int = 0
+
+
+def check_prompt(prompt_ids: Sequence[int], max_context: int, vocab_size: int) -> None:
+    """Refuses a prompt that cannot be generated for.
+
+    Args:
+        max_context: longest prompt plus output, in tokens; vocab_size: of the target.
+
+    Raises:
+        RowError: it is empty, holds ids outside the vocabulary, or leaves no room for an output token.
+    """
+    if not prompt_ids:
+        raise RowError("empty_prompt", "The prompt has no tokens; give it some text.")
+    if len(prompt_ids) >= max_context:
+        raise RowError(
+            "prompt_too_long",
+            f"The prompt has {len(prompt_ids)} tokens; the context holds {max_context} with at least one output token."
+            " Shorten the prompt, or raise --max-context or --kv-memory if the model allows.",
+        )
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        outside = next(token for token in prompt_ids if not 0 <= token < vocab_size)
+        raise RowError(
+            "invalid_token",
+            f"The prompt holds token id {outside}, outside the model's vocabulary of {vocab_size}; the tokenizer does"
+            " not belong to the model.",
+        )

@@ -1,6 +1,6 @@
 """How a round joins what was drafted with what was retrieved: where methods differ beyond their sources."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ from pipeline.proposal import Draft, SlotView
 from pipeline.retrieval import Retrieval
 from pipeline.tree import EMPTY_TREE, TokenTree, path_values, prune
 from pipeline.verify import Outcome
+
+Lesson = Callable[[Forest, Outcome], None]
 
 
 class Rule:
@@ -53,8 +55,9 @@ class Rule:
         """The tree of each view."""
         return fuse_forests([Forest.of(draft.trees), retrieved])
 
-    def observe(self, trees: Forest, outcome: Outcome) -> None:
-        """What became of the trees that `join` made."""
+    def lesson(self) -> Lesson:
+        """Who is told what became of the trees that `join` has just made, maybe in the next round."""
+        return lambda trees, outcome: None
 
     def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         """A round without prefill verified so many rows and emitted so many tokens."""
@@ -162,10 +165,15 @@ class Calibrated(Rule):
             self._economy.observe_levels(self._pace.gains, self._pace.nets)
         return trees
 
-    def observe(self, trees: Forest, outcome: Outcome) -> None:
-        if self._pace is not None:
-            self._pace.observe(trees, outcome)
-        self._calibration.observe(trees, outcome, self._is_sampled)
+    def lesson(self) -> Lesson:
+        pace, is_sampled = self._pace, self._is_sampled
+
+        def learn(trees: Forest, outcome: Outcome) -> None:
+            if pace is not None:
+                pace.observe(trees, outcome)
+            self._calibration.observe(trees, outcome, is_sampled)
+
+        return learn
 
     def observe_round(self, num_slots: int, num_rows: int, num_tokens: int, seconds: float) -> None:
         if self._economy:

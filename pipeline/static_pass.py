@@ -10,7 +10,7 @@ from pipeline.attention import AttentionContext
 from pipeline.features import FeatureTap
 from pipeline.graphs import Graphs, has_compiler
 from pipeline.kv_cache import PagedCache
-from pipeline.packing import PackedRow
+from pipeline.packing import Packed
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
@@ -53,7 +53,7 @@ class StaticPasses:
         )
         self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
 
-    def run(self, row: PackedRow) -> Outputs | None:
+    def run(self, row: Packed) -> Outputs | None:
         """Logits [M, V], and states [C, 3 H] if they are read, of a row packed on the CPU; valid until the next pass.
 
         None if there is no room for the row, or if the model's code cannot be captured.
@@ -65,7 +65,7 @@ class StaticPasses:
             return None
         logits, states = outputs
         assert (states is None) == (self._tap() is None)
-        return logits[: len(row.logits_index)], None if states is None else states[: row.token_ids.shape[1]]
+        return logits[: len(row.logits_index)], None if states is None else states[: row.nodes.shape[1]]
 
     def reset(self) -> None:
         """What is read of the model has changed."""

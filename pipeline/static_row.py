@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 
 from pipeline.graphs import SIZES, Staged
-from pipeline.packing import PackedRow
+from pipeline.packing import Packed
 from pipeline.tiles import NUM_COLUMNS, Tiles, rows_per_tile, tiles_of
 
 _MOST = SIZES[-1]
 _MOST_NODES = 16 * _MOST  # those computed before included
 _MOST_PAGES = 1 << 17  # entries of all runs' block tables
 _MOST_MASK = 1 << 20  # bytes of all trees' masks
+_NOTHING = np.empty((0, 0), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class StaticRow:
         self._rows_per_tile = rows_per_tile(fold)
         self._num_runs = num_runs
         self._has_windows = has_windows
-        self._fills = (0, 0, trash, 0, *fills)  # of token, position, write index, logits index and what is further
+        # Of token, position, write index, logits index and what is further.
+        self._fills = np.array([0, 0, trash, 0, *fills])
         self._ids = Staged((len(self._fills) * _MOST,), torch.int64, device)
         self._tiles = Staged((_MOST, NUM_COLUMNS), torch.int32, device)
         self._pages = Staged((_MOST_PAGES,), torch.int32, device)
@@ -67,27 +70,22 @@ class StaticRow:
         few = _size_of(min(self._num_runs, _MOST))
         return Size(rows, tiles, few if num_logits <= few < rows else rows)
 
-    def put(self, row: PackedRow, further: Sequence[np.ndarray] = ()) -> Size | None:
-        """Makes a row, packed on the CPU, the next one; None if there is no room for it.
+    def put(self, row: Packed, further: np.ndarray = _NOTHING) -> Size | None:
+        """Makes a row the next one; None if there is no room for it.
 
         Args:
-            further: [C] int64 each, as many as there are further `fills`.
+            further: [N, C] int64, a line for each of the further `fills`.
         """
-        num_rows, num_logits = row.token_ids.shape[1], len(row.logits_index)
+        num_rows, num_logits = row.nodes.shape[1], len(row.logits_index)
         fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
         if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
             return None
         if self._read is not None:
             self._read.synchronize()  # passes without logits end without waiting for the device
         size = self._size(num_rows, num_logits)
-        own = (row.token_ids[0], row.position_ids[0], row.write_index, row.logits_index)
-        lines = self._ids.host[: len(self._fills) * size.num_rows].reshape(-1, size.num_rows)
-        for line, values, fill in zip(lines, [*(part.numpy() for part in own), *further], self._fills, strict=True):
-            line[: len(values)] = values
-            line[len(values) :] = fill
         tiles = tiles_of(row, self._rows_per_tile)
-        self._tiles.host[: size.num_tiles] = 0
-        self._tiles.host[: len(tiles)] = tiles
+        lines = self._ids.host[: len(self._fills) * size.num_rows].reshape(-1, size.num_rows)
+        _fill(lines, row.nodes, row.logits_index, further, self._fills, tiles, self._tiles.host[: size.num_tiles])
         pages = row.block_table.ravel()
         if len(pages) != self._num_pages or not np.array_equal(pages, self._pages.host[: len(pages)]):
             self._num_pages = len(pages)
@@ -134,3 +132,27 @@ def _size_of(count: int) -> int:
 def _send(staged: Staged, values: np.ndarray) -> None:
     staged.host[: len(values)] = values
     staged.send(len(values))
+
+
+@njit(cache=True, nogil=True)
+def _fill(
+    lines: np.ndarray,
+    nodes: np.ndarray,
+    logits_index: np.ndarray,
+    further: np.ndarray,
+    fills: np.ndarray,
+    tiles: np.ndarray,
+    all_tiles: np.ndarray,
+) -> None:
+    """Writes what is put into the first columns of `lines` and rows of `all_tiles`, and padding behind it."""
+    num_nodes, num_logits = nodes.shape[1], len(logits_index)
+    for line in range(len(lines)):
+        count = num_logits if line == 3 else num_nodes
+        for i in range(count):
+            if line == 3:
+                lines[line, i] = logits_index[i]
+            else:
+                lines[line, i] = nodes[line, i] if line < 3 else further[line - 4, i]
+        lines[line, count:] = fills[line]
+    all_tiles[: len(tiles)] = tiles
+    all_tiles[len(tiles) :] = 0

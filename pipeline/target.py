@@ -17,7 +17,7 @@ from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext, can
 from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
-from pipeline.packing import Run, Runs, order_runs, pack
+from pipeline.packing import PackedRow, Run, Runs, order_runs, pack
 from pipeline.ranks import Build, Move, Pass, Ranks
 from pipeline.static_pass import Outputs, StaticPasses
 
@@ -112,7 +112,7 @@ class Target:
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies tokens within the cache, pool token indices [n] -> [n] int64; all are read before any is written."""
         self._tell(Move(source, target))
-        self.cache.move(*(torch.from_numpy(index).to(self.device) for index in (source, target)))
+        self.cache.move(*torch.from_numpy(np.stack([source, target])).to(self.device))
 
     def _tell(self, order: Build | Pass | Move) -> None:
         if self._ranks is not None:
@@ -121,12 +121,12 @@ class Target:
     def _run(self, runs: Sequence[Run], num_short: int) -> Outputs:
         """Logits, and states if they are read, of runs in order."""
         page_size = self.cache.page_size
-        side_by_side = Runs.of(runs, page_size)
+        packed = pack(Runs.of(runs, page_size), num_short, page_size)
         if self._passes is not None:
-            outputs = self._passes.run(pack(side_by_side, num_short, page_size, torch.device("cpu")))
+            outputs = self._passes.run(packed)
             if outputs is not None:
                 return outputs
-        row = pack(side_by_side, num_short, page_size, self.device)
+        row = PackedRow(packed, self.device)
         self.cache.begin(row)
         output = self.model(
             input_ids=row.token_ids,

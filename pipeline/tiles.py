@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from pipeline.packing import PackedRow
+from pipeline.packing import Packed
 
 # Columns of a tile.
 FIRST, COUNT, OFFSET, CACHED, PAGES, MASK, LENGTH, POSITIONS = range(8)
@@ -47,7 +47,7 @@ def rows_per_tile(fold: int) -> int:
     return max(BLOCK_ROWS // fold, 1)
 
 
-def tiles_of(row: PackedRow, num_rows: int) -> np.ndarray:
+def tiles_of(row: Packed, num_rows: int) -> np.ndarray:
     """The tiles of a packed row, `num_rows` rows each at most, [W, 8] int32.
 
     They refer to its flattened `block_table`, its `mask` and its `positions`.
@@ -84,7 +84,7 @@ def _tiles_of(
     return tiles
 
 
-def tiles_on(row: PackedRow, num_rows: int, device: torch.device) -> Tiles:
+def tiles_on(row: Packed, num_rows: int, device: torch.device) -> Tiles:
     """The same with what it refers to, on a device."""
     arrays = (tiles_of(row, num_rows), row.block_table.ravel(), row.mask.view(np.uint8), row.positions)
     tiles, pages, mask, positions = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)

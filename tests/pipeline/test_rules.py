@@ -214,5 +214,5 @@ def test_what_came_behind_the_draft_is_no_gain_of_drafting() -> None:
         pace = rule.pace(views, retrieval)
         pace.expand(0, GrowingForest([3], 8, 8))
         (tree,) = rule.join(views, Draft([TokenTree.of([9], [-1], "draft", [0.1])]), retrieval.finish())
-        rule.observe(Forest.of([tree]), Outcome.of([np.array([5, 6, 1])]))
+        rule.lesson()(Forest.of([tree]), Outcome.of([np.array([5, 6, 1])]))
     assert economy.worth[0] < 0.5, "the draft model found nothing"

@@ -43,7 +43,7 @@ class Layer(torch.nn.Module):
 def packed(runs: list[Run], heads: int, kv: int, dim: int, seed: int) -> tuple[PackedRow, PagedCache, torch.Tensor]:
     """The packed row, a cache of random numbers, and random queries [C, H, D]."""
     order, num_short = order_runs(runs, 24)
-    row = pack(Runs.of([runs[i] for i in order], PAGE), num_short, PAGE, CPU)
+    row = PackedRow(pack(Runs.of([runs[i] for i in order], PAGE), num_short, PAGE), CPU)
     draws = torch.Generator().manual_seed(seed)
     cache = PagedCache(KVShape(1, kv, dim, torch.float32), sum(len(run.pages.pages) for run in runs), PAGE, CPU)
     for pool in (*cache.keys, *cache.values):
@@ -63,7 +63,7 @@ def expected(row: PackedRow, cache: PagedCache, query: torch.Tensor, window: int
 @given(rows(), st.sampled_from([(4, 2), (9, 3), (3, 3)]), st.sampled_from([None, 7]), st.integers(0, 1 << 20))
 def test_plain_tiles_equal_sdpa(runs: list[Run], shape: tuple[int, int], window: int | None, seed: int) -> None:
     row, cache, query = packed(runs, *shape, 16, seed)
-    work = tiles_on(row, rows_per_tile(shape[0] // shape[1]), CPU)
+    work = tiles_on(row.arrays, rows_per_tile(shape[0] // shape[1]), CPU)
     got = attend_by_tile(query, cache.keys[0], cache.values[0], work, scale=0.25, sliding_window=window)
     torch.testing.assert_close(got, expected(row, cache, query, window), atol=2e-5, rtol=1e-4)
 
@@ -76,7 +76,7 @@ def test_the_kernel_equals_sdpa(runs: list[Run], shape: tuple[int, int], window:
 
     row, cache, query = packed(runs, *shape, 16, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter wants the latter
-    work = tiles_on(row, rows_per_tile(shape[0] // shape[1]), device)
+    work = tiles_on(row.arrays, rows_per_tile(shape[0] // shape[1]), device)
     tensors = (tensor.to(device) for tensor in (query, cache.keys[0], cache.values[0]))
     got = attend(*tensors, work, scale=0.25, sliding_window=window).cpu()
     torch.testing.assert_close(got, expected(row, cache, query, window), atol=2e-5, rtol=1e-4)
@@ -87,7 +87,7 @@ def test_the_kernel_equals_sdpa(runs: list[Run], shape: tuple[int, int], window:
 def test_tiles_hold_every_computed_row_once(runs: list[Run], num_rows: int) -> None:
     order, num_short = order_runs(runs, 24)
     ordered = [runs[i] for i in order]
-    tiles = tiles_of(pack(Runs.of(ordered, PAGE), num_short, PAGE, CPU), num_rows)
+    tiles = tiles_of(pack(Runs.of(ordered, PAGE), num_short, PAGE), num_rows)
     held = [row for tile in tiles.tolist() for row in range(tile[0], tile[0] + tile[1])]
     assert held == list(range(sum(len(run) - run.num_done for run in runs)))
     assert tiles[:, 1].max() <= num_rows and tiles[:, 1].min() > 0
