@@ -5,7 +5,7 @@
 Whole rounds of the engine with passes of fixed sizes, as on a GPU, but the models stand still: they are said to take
 what they take there (`gpu_passes.json`), on a clock that goes on with the host's own time, and to say what a recording
 of `rasd simulate` holds. The host waits for them where it does there, and works beside them where it can. Lookups are
-made in this process. Launching passes is not in it.
+made in this process. Launching passes and copies on the device is not in it.
 """
 
 import argparse
@@ -160,6 +160,7 @@ def engine_with_models_still(
             return model(**inputs)
 
     target.model = too_large
+    target.cache.move = clock.model(target.cache.move, waits=False)
     target._passes._graphs = _Said(target._passes._graphs, clock, lambda size: float(true_times(size.num_rows)))
     if engine._reader is not None:
         drafter: Any = engine.drafter
@@ -167,6 +168,7 @@ def engine_with_models_still(
         passes._graphs = _Said(passes._graphs, clock, lambda size: _LEVEL_FIXED + _LEVEL_ROW * size.num_rows)
         entries = drafter._entries._static
         entries._graphs = _Said(entries._graphs, clock, lambda _: _LEVEL_FIXED / 4)
+    engine.works_beside = True
     engine.phases = Phases(clock.host)
     return engine
 

@@ -64,6 +64,7 @@ class Engine:
     Attributes:
         target, drafter: its models.
         phases: where the time of its rounds went.
+        works_beside: whether the models compute beside this process, as on a GPU.
         recorder: told of every token; None, as at first, if nobody wants to know.
 
     Args:
@@ -93,6 +94,7 @@ class Engine:
         self.drafter = proposers.drafter
         self._reader = proposers.drafter if isinstance(proposers.drafter, FeatureDrafter) else None
         self._retrievers = proposers.retrievers
+        self.works_beside = target.device.type != "cpu"
         self._rule = proposers.rule
         self._acceptance = acceptance
         self._config = config
@@ -210,7 +212,8 @@ class Engine:
             return Forest.empty(len(decoding))
         views = [slot.view() for slot in decoding]
         with self.phases("retrieve"):
-            retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits)
+            beside = self.works_beside
+            retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits, is_beside=beside)
         with self.phases("draft"):
             draft = self.drafter.draft(views, self._rule.pace(views, retrieval))
         with self.phases("retrieve"):

@@ -90,7 +90,7 @@ class HeadDrafter:
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, forest.views, len(views))
-            grow(forest, views, logits, options, self._head.token_ids, top)
+            grow(forest, views, logits, options, self._head.token_ids, top, pace.meanwhile)
         if self.observer is not None:
             for index in np.flatnonzero(depths).tolist():
                 self.observer(views[index], *forest.tree(index))

@@ -70,7 +70,7 @@ class ModelDrafter:
                 logits = logits[forward.begin]  # long chains of known tokens were computed behind short ones
                 if pace.reads_root:
                     root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
-            grow(forest, views, logits, options)
+            grow(forest, views, logits, options, meanwhile=pace.meanwhile)
         for index in seen:
             self._slots[views[index].slot].tokens = views[index].tokens.copy()
         if self.observer is not None:

@@ -30,6 +30,10 @@ class Pace(Protocol):
         """Which nodes of the forest's frontier to expand, [F] bool; a tree of which none is grows no further."""
         ...
 
+    def meanwhile(self) -> None:
+        """A level is being computed; what can be done before it is read."""
+        ...
+
     def took(self, num_rows: int, seconds: float) -> None:
         """A level has been computed."""
         ...
@@ -47,6 +51,9 @@ class FullPace:
             return np.ones(len(forest.frontier), np.bool_)
         return np.isin(forest.frontier_views, list(self._wanted))
 
+    def meanwhile(self) -> None:
+        """There is nothing to do."""
+
     def took(self, num_rows: int, seconds: float) -> None:
         """It does not matter."""
 
@@ -62,6 +69,7 @@ class EconomicPace:
         economy: what was learned so far.
         retrieved: what is known already of each view's retrieved tree, calibrated.
         newly_found: the same between levels, None if nothing more has come.
+        is_beside: ask for it while a level is computed, too.
     """
 
     reads_root: ClassVar[bool] = False
@@ -71,10 +79,13 @@ class EconomicPace:
         economy: Economy,
         retrieved: Sequence[TokenTree],
         newly_found: Callable[[], Sequence[TokenTree] | None] = lambda: None,
+        *,
+        is_beside: bool = False,
     ) -> None:
         self._economy = economy
         self.learn(retrieved)
         self._newly_found = newly_found
+        self._is_beside = is_beside
         self._explored = economy.begin_round(len(retrieved))
         self._rate = economy.rate(len(retrieved))
         self._row_tokens = self._rate * economy.row_seconds(len(retrieved))
@@ -89,8 +100,8 @@ class EconomicPace:
         self._covered = _covered(self._retrieved.parents, self._retrieved.scores, self._retrieved.begins)
 
     def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
-        if level and (found := self._newly_found()) is not None:
-            self.learn(found)
+        if level:
+            self._look()
         economy = self._economy
         fixed, per_row = economy.level_times.line()
         keep, gain, net = _chosen(
@@ -102,6 +113,14 @@ class EconomicPace:
         )
         self.gains[level], self.nets[level], self.num_expanded[level] = gain, net, np.count_nonzero(keep)
         return keep
+
+    def meanwhile(self) -> None:
+        if self._is_beside:
+            self._look()
+
+    def _look(self) -> None:
+        if (found := self._newly_found()) is not None:
+            self.learn(found)
 
     def took(self, num_rows: int, seconds: float) -> None:
         self._economy.observe_level(num_rows, seconds)

@@ -11,21 +11,31 @@ class Retrieval:
 
     Args:
         waits: take all answers at once, however long that takes.
+        is_beside: the draft model works beside this process, which makes long lookups of its own meanwhile.
 
     Attributes:
         trees: what is known so far, one tree a view.
+        is_beside: see above.
     """
 
-    def __init__(self, retrievers: Sequence[Retriever], views: Sequence[SlotView], *, waits: bool = False) -> None:
+    def __init__(
+        self,
+        retrievers: Sequence[Retriever],
+        views: Sequence[SlotView],
+        *,
+        waits: bool = False,
+        is_beside: bool = False,
+    ) -> None:
         for retriever in retrievers:
             retriever.send(views)
         self._views = views
+        self.is_beside = is_beside
         self._pending = list(retrievers)
         self.trees = Forest.empty(len(views))
         if waits:
             self.finish()
         else:
-            self.poll()
+            self._take([one for one in retrievers if one.is_ready and not (is_beside and one.takes_long)])
 
     def poll(self) -> bool:
         """Takes the answers that have come; whether there were any."""

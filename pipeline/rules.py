@@ -153,7 +153,9 @@ class Calibrated(Rule):
             return self._scored(retrieval.trees)
 
         self._found = retrieval.trees
-        self._pace = EconomicPace(self._economy, self._scored(retrieval.trees), newly_found)
+        self._pace = EconomicPace(
+            self._economy, self._scored(retrieval.trees), newly_found, is_beside=retrieval.is_beside
+        )
         return self._pace
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:

@@ -2,20 +2,28 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from benchmarks.reference import generate
 from pipeline.acceptance import AcceptanceTable
+from pipeline.budget import StepTimes
+from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
+from pipeline.head_pass import HeadPasses
 from pipeline.lookup import Lookup
 from pipeline.methods import Proposers
 from pipeline.pace import Pace
 from pipeline.proposal import Draft, SlotView
 from pipeline.request import Request, SamplingParams
-from pipeline.rules import Rule
+from pipeline.rules import Calibrated, Rule
 from pipeline.search import SearchRetriever
 from pipeline.tree import TokenTree
+from tests.models import VOCABULARY, tiny_model
+from tests.pipeline.test_engine_architectures import GREEDY, NEW_TOKENS, assert_equal, prompts_for, requests_for
+from tests.pipeline.test_head import OPTIONS, engine_with, head_for
 from tests.pipeline.toys import ToyDecoder, ToyTarget
 
 LATENCY = 0.005
@@ -104,3 +112,46 @@ def test_an_answer_is_used_whether_it_comes_before_or_behind_the_draft(is_early:
     (done,) = engine.generate([Request(0, (1, 2, 3), SamplingParams(max_new_tokens=30))])
     assert list(done.token_ids) == toy.continuation((1, 2, 3), 30)
     assert done.accepted_by_source.get("corpus", 0) > 0 < done.accepted_by_source.get("draft", 0)
+
+
+class Counting:
+    """A searcher in this process that says when it searches."""
+
+    is_ready = True
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+        self._num_contexts = 0
+
+    def send(self, contexts: Sequence[np.ndarray], depths: np.ndarray) -> None:
+        self._num_contexts = len(contexts)
+
+    def receive(self) -> Mapping[str, Lookup]:
+        self._events.append("search")
+        one = np.ones(self._num_contexts, np.int32)
+        offsets = np.arange(self._num_contexts + 1, dtype=np.int64)
+        return {"corpus": Lookup(9 * one, offsets, 4 * one, -one, one)}
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_a_search_of_this_process_is_made_while_a_device_computes_the_first_level(
+    is_beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    original = HeadPasses.run
+
+    def run(*arguments: Any) -> Any:
+        events.append("level")
+        return original(*arguments)
+
+    monkeypatch.setattr(HeadPasses, "run", run)
+    retriever = SearchRetriever([Counting(events)], AcceptanceTable(), VOCABULARY)
+    rule = Calibrated(Economy(StepTimes((1, 64), (0.05, 0.051)), OPTIONS.depth))
+    engine = engine_with("llama", head_for("llama"), 2, OPTIONS, retrievers=(retriever,), rule=rule)
+    engine.works_beside = is_beside
+    prompts = prompts_for(5, 2)
+    done = sorted(engine.generate(requests_for(prompts, GREEDY)), key=lambda generation: generation.request_id)
+    expected = [generate(tiny_model("llama"), prompt, NEW_TOKENS) for prompt in prompts]
+    assert_equal("llama", requests_for(prompts, GREEDY), expected, done)
+    assert events.count("search") > 5
+    assert events[:2] == (["level", "search"] if is_beside else ["search", "level"])
