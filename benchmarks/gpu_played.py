@@ -7,7 +7,7 @@ have. Corpus lookups are replayed, too; the context is searched for real.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,20 @@ class _PlayedHead(HeadDrafter):
 
     def _level(self, views: Sequence[SlotView], forest: GrowingForest, places: Any) -> Outputs:
         logits, top = super()._level(views, forest, places)
-        top.cpu()  # as a round waits for it
-        return logits, likeliest(self.recording, views, forest)
+        said: Any = _Said(top, lambda: likeliest(self.recording, views, forest))
+        return logits, said
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A level's likeliest tokens, which become the recording's when they are waited for."""
+
+    computed: torch.Tensor
+    recorded: Callable[[], torch.Tensor]
+
+    def cpu(self) -> torch.Tensor:
+        self.computed.cpu()
+        return self.recorded()
 
 
 def chosen(recording: Recording, work: Sequence[Work], forward: Forward, choices: Choices) -> Choices:

@@ -241,6 +241,8 @@ class Engine:
             self.target.move(*copies)
         if self._reader is not None and len(copies[0]):
             self._reader.copy(*(torch.from_numpy(index).to(self.target.device) for index in copies))
+        if self._lesson is not None and not self.works_beside:
+            self._lesson()
         begin, num_captures = self._clock(), Graphs.num_captures
         forward = self.target.forward([item.run for item in work])
         if self._lesson is not None:
@@ -262,7 +264,7 @@ class Engine:
 
     def _commit(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[Generation]:
         """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
-        began = self._clock()
+        began, num_captures = self._clock(), Graphs.num_captures
         kept = self._emit_all(work, forward, choices)
         if self._reader is not None and self._rests and not self._rule.follows:
             for item in work:
@@ -282,7 +284,8 @@ class Engine:
             if item.slot.finish_reason is not None:
                 self._scheduler.finish(item.slot)
                 finished.append(item.slot.generation())
-        self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
+        if Graphs.num_captures == num_captures:
+            self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
         return finished
 
     def _keep(self, work: Sequence[Work], accepted: Sequence[np.ndarray], forward: Forward) -> None:

@@ -106,14 +106,14 @@ def grow(
         logits: [F, V] float32, one row for each node of the frontier.
         token_ids: [V] int64 token of each column of a draft model with a vocabulary of its own.
         top: `top_of` the logits, if it is known already.
-        meanwhile: done before it is waited for.
+        meanwhile: done before any of it is waited for.
     """
+    meanwhile()
     if options.is_coupled and any(not views[index].params.is_greedy for index in forest.views.tolist()):
         logits = perturbed_scores(logits, _choice_rows(forest, views), token_ids)
         top = None
     if top is None:
         top = top_of(logits, min(options.branches, logits.shape[-1]), token_ids)
-    meanwhile()
     bits, tokens = top.cpu().numpy().swapaxes(0, 1)
     forest.grow(bits.view(np.float32), tokens)
 

@@ -102,17 +102,23 @@ class HeadEntries:
         if self._static is None or not self._static.run(rows, newest, self._states, self._cache.last_page):
             device = self._features.device
             index = torch.from_numpy(_with_table_rows(rows, rows.shape[1], self._num_slots))
-            self._compute(index.to(device), torch.from_numpy(newest).to(device), torch.cat(self._states))
+            of_slots, newest_rows = self._features[: self._num_slots], torch.from_numpy(newest).to(device)
+            self._compute(index.to(device), newest_rows, torch.cat(self._states), of_slots)
         self._known |= self._newest.keys()
         self._newest.clear()
         self._states.clear()
         self._rows.clear()
         self._num_waiting = 0
 
-    def _compute(self, rows: torch.Tensor, newest: torch.Tensor, states: torch.Tensor) -> None:
-        """Writes entries, [4, n] int64, and features of the newest tokens, [2, m] int64; states: [n, 3 H]."""
+    def _compute(self, rows: torch.Tensor, newest: torch.Tensor, states: torch.Tensor, of_slots: torch.Tensor) -> None:
+        """Writes entries, and the features of newest tokens.
+
+        Args:
+            rows: [4, n] int64; newest: [2, m] int64.
+            states: [n, 3 H]; of_slots: [num_slots, H] the slots' features as they were before.
+        """
         fused = self._head.features(states)
-        table = torch.cat([fused, self._features[: self._num_slots], self._features[-2:-1]])
+        table = torch.cat([fused, of_slots, self._features[-2:-1]])
         inputs = self._head.inputs(rows[_TOKEN], table[rows[_BEFORE]])
         key, value = self._head.entries(inputs, rows[_POSITION])
         self._cache.place(rows[_PLACE])
@@ -121,7 +127,7 @@ class HeadEntries:
 
 
 class _Static:
-    """The same in passes of fixed sizes, padded.
+    """The same in passes of fixed sizes, padded. A capture runs a pass several times, so none reads what it writes.
 
     Args:
         compute: of `HeadEntries`.
@@ -131,6 +137,8 @@ class _Static:
         device, most = features.device, SIZES[-1]
         self._compute = compute
         self._num_slots = num_slots
+        self._features = features[:num_slots]
+        self._before = torch.zeros_like(self._features)
         self._nobodys = len(features) - 1
         self._rows = Staged((4 * most,), torch.int64, device)
         self._newest = Staged((2 * num_slots,), torch.int64, device)
@@ -157,7 +165,10 @@ class _Static:
         kept[:, :num_newest] = newest
         kept[:, num_newest:] = np.array([[self._nobodys], [0]])
         torch.cat(states, out=self._states[:count])
+        self._before.copy_(self._features)
         was_computed = self._graphs(size) is not None
+        if not was_computed:
+            self._features.copy_(self._before)
         if self._read is not None:
             self._read.record()
         return was_computed
@@ -166,7 +177,7 @@ class _Static:
         self._rows.send(4 * size)
         self._newest.send()
         rows = self._rows.device[: 4 * size].view(4, size)
-        self._compute(rows, self._newest.device.view(2, -1), self._states[:size])
+        self._compute(rows, self._newest.device.view(2, -1), self._states[:size], self._before)
         return True
 
 

@@ -67,7 +67,8 @@ class ModelDrafter:
             logits = forward.logits.float()
             if level == 0:
                 seen = forest.views.tolist()
-                logits = logits[forward.begin]  # long chains of known tokens were computed behind short ones
+                if forward.begin != list(range(len(seen))):  # long chains of known tokens come behind short ones
+                    logits = logits[forward.begin]
                 if pace.reads_root:
                     root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
             grow(forest, views, logits, options, meanwhile=pace.meanwhile)
