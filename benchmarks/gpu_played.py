@@ -2,7 +2,7 @@
 
 Every pass of the target and of its draft head is computed and waited for; then choices and candidates are replaced by
 a recording's. So tokens a second are those that a trained pair of this shape, as predictable as the recorded one, would
-have. Corpus lookups are replayed, too; the context is searched for real.
+have. Corpus lookups are a searcher's, on a GPU replayed; the context is searched for real.
 """
 
 import time
@@ -78,7 +78,7 @@ class _Said:
 
 
 def chosen(recording: Recording, work: Sequence[Work], forward: Forward, choices: Choices) -> Choices:
-    """What a recording's target said, in place of a pass's choices."""
+    """What a recording's target said, in place of a pass's choices, [M] int64."""
     token_ids = np.array(choices.token_ids)
     for item, begin in zip(work, forward.begin, strict=True):
         if begin >= 0:
@@ -90,7 +90,7 @@ def chosen(recording: Recording, work: Sequence[Work], forward: Forward, choices
 
 
 def likeliest(recording: Recording, views: Sequence[SlotView], forest: GrowingForest) -> torch.Tensor:
-    """What a recording's draft model said of a frontier, see `pipeline.growth.top_of`."""
+    """What a recording's draft model said of a frontier, [F, 2, k] int32, see `pipeline.growth.top_of`."""
     logprobs, tokens = candidates(recording, views, forest)
     bits = logprobs.astype(np.float32).view(np.int32)
     return torch.from_numpy(np.stack([bits, tokens.astype(np.int32)], axis=1))
@@ -116,6 +116,7 @@ def played_engine(
         budget: see `pipeline.engine.EngineConfig`.
         is_static: see `pipeline.target.Target`.
         times: of the target's passes; measured if not given.
+        clock: tells seconds.
     """
     assert recording.params.is_greedy and recording.vocab_size <= model.config.get_text_config().vocab_size
     method = method_named(method_name, {"draft", "corpus"})

@@ -46,9 +46,6 @@ class GrowingForest:
         self.begins = np.arange(len(self.views) + 1)
         self.frontier = np.full(len(self.views), -1, np.int32)
 
-    def __len__(self) -> int:
-        return len(self._depths)
-
     @property
     def frontier_views(self) -> np.ndarray:
         """[F] int64 the tree of each node of the frontier."""

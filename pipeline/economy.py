@@ -69,7 +69,7 @@ class LevelTimes:
         self._products = decay * self._products + num_rows * seconds
 
     def line(self) -> tuple[float, float]:
-        """a and b."""
+        """a [seconds] and b [seconds a row]."""
         weight, squares = self._weight + _RIDGE, self._squares + _RIDGE
         determinant = weight * squares - self._rows * self._rows
         fixed = (squares * self._seconds - self._rows * self._products) / determinant
@@ -94,7 +94,7 @@ class Economy:
         self.surplus = np.tile(_FIRST_SURPLUS, (depth, 1))  # [levels, thresholds], see `gains_of`
         self._expected = np.full(len(_FIRST_WORTH), _FIRST_TOKENS)
         self._gained = _FIRST_TOKENS * _FIRST_WORTH
-        self._new = np.zeros((2, len(_FIRST_WORTH)))  # the same of this round
+        self._new = np.zeros((2, len(_FIRST_WORTH)))  # the same since `begin_round`
         self._own = np.zeros(depth)  # gains by level in rounds that computed it lately, and
         self._later = np.zeros(depth)  # what the levels behind it then were worth beyond their time
         self._tokens = 0.0  # emitted lately, and
@@ -156,9 +156,10 @@ class Economy:
         self._later[computed] = _RATE_DECAY * self._later[computed] + np.maximum(later[computed], 0.0)
 
     def begin_round(self, num_views: int) -> int | None:
-        """Learns what the last round gained; returns the view that is drafted for in full in this one, if any.
+        """Learns what earlier rounds have told that they gained.
 
-        What is never tried is never learned.
+        Returns:
+            The view that is drafted for in full in this round, if any: what is never tried is never learned.
         """
         known = self._new[0] > 0
         self._expected[known] = _GAIN_DECAY * self._expected[known] + self._new[0, known]

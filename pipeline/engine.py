@@ -206,7 +206,7 @@ class Engine:
     def _propose(self, decoding: Sequence[Slot]) -> Forest:
         """What the method's rule makes of a draft and of what was retrieved, one tree a slot.
 
-        Retrievers in other processes work while the draft model does.
+        Retrievers in other processes work while the draft model does; beside a device this process's searches do, too.
         """
         if self._rests:
             return Forest.empty(len(decoding))
@@ -235,7 +235,10 @@ class Engine:
             self._rule.observe_round(num_slots, num_rows - num_prefill, self._emitted, seconds * float(own / whole))
 
     def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
-        """One target forward pass over all runs and the target's choice after every node; times itself."""
+        """One target forward pass over all runs and the target's choice after every node; times itself.
+
+        What the last round taught is learned meanwhile.
+        """
         copies = self._scheduler.take_copies()
         if len(copies[0]):
             self.target.move(*copies)
@@ -299,7 +302,7 @@ class Engine:
             self._reader.commit(committed, forward.states[torch.from_numpy(rows).to(self.target.device)])
 
     def _emit_all(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[np.ndarray]:
-        """Appends the round's tokens to all slots, and learns from them; returns the nodes kept of each, [A]."""
+        """Appends the round's tokens to all slots; returns the nodes kept of each, [A]. What they teach waits."""
         self._emitted = 0
         none = np.empty(0, np.int32)
         emitting = [i for i, begin in enumerate(forward.begin) if begin >= 0]

@@ -152,7 +152,7 @@ class DraftHead(nn.Module):
         return self._turned(query, positions), key, value
 
     def entries(self, inputs: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value of `heads`."""
+        """Key and value, [..., K, D] each, of inputs [..., 2 H] at positions [...]."""
         size = self.config.head_dim
         key = self.key(inputs).unflatten(-1, (-1, size))
         return self._turned(key, positions), self.value(inputs).unflatten(-1, (-1, size))

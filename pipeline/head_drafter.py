@@ -116,7 +116,7 @@ class _Places:
     Args:
         pages: of each view.
         num_slots: the table's first rows are the slots' own; those behind are for roots and nodes.
-        num_scratch: most nodes of a tree.
+        num_scratch: most nodes of a tree that are expanded below its root.
     """
 
     def __init__(self, views: Sequence[SlotView], pages: Sequence[PageRun], num_slots: int, num_scratch: int) -> None:

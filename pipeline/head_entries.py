@@ -45,7 +45,7 @@ class HeadEntries:
         self._known: set[int] = set()  # slots whose rows are set
         self._newest: dict[int, int] = {}  # by slot, the waiting row of its newest token
         self._states: list[torch.Tensor] = []
-        # [n, 4], lines as above; of the token before a waiting row, or from -2 down a slot.
+        # [4, n], lines as above; of the token before a waiting row, or from -2 down a slot.
         self._rows: list[np.ndarray] = []
         self._num_waiting = 0
         self._static = _Static(self._compute, features, num_slots) if is_static else None

@@ -15,12 +15,12 @@ from pipeline.slots import Slot
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Of each of P runs its known tokens and the accepted nodes of its tree, side by side.
+    """Of each of S runs its known tokens and the accepted nodes of its tree, side by side.
 
     Attributes:
         sources, targets: [m] int64 pool token indices of accepted nodes, and of where they belong behind their root;
             those in place are left out.
-        begins: [P + 1] int64 where each run's tokens begin among the N of all.
+        begins: [S + 1] int64 where each run's tokens begin among the N of all.
         rows: [N] int64 each token's place in its run.
         positions: [N] int64 its place in the sequence.
         places: [N] int64 its pool token index, once moved.

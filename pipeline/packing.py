@@ -52,7 +52,7 @@ class Runs:
     """S runs side by side: the columns of `Run`, those of one after those of the other.
 
     Attributes:
-        known: [K] tokens; tokens, parents: [N] of the trees' nodes.
+        known: [all known] tokens; tokens, parents: [N] of the trees' nodes.
         num_known, num_nodes: [S] int64 how many of each are a run's.
         num_done, cached: [S] int32; wants_logits: [S] bool.
         block_table: [S, B] int32.

@@ -39,11 +39,11 @@ class SlotView:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Tokens of P slots that the target has computed for good, side by side.
+    """Tokens of S slots that the target has computed for good, side by side.
 
     Attributes:
-        slots: [P] their numbers.
-        begins: [P + 1] int64 where each one's tokens begin.
+        slots: [S] their numbers.
+        begins: [S + 1] int64 where each one's tokens begin.
         tokens: [N] int32.
         positions, places: [N] int64 their places in their sequences, and in the pool.
     """

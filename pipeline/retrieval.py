@@ -1,4 +1,5 @@
-"""One round's retrieval: what can be had at once comes before drafting, the rest while the draft model works."""
+"""One round's retrieval: what can be had at once comes before drafting, the rest while the draft model works; so do
+long lookups of this process where the model works on a device."""
 
 from collections.abc import Sequence
 

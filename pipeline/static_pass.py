@@ -54,7 +54,7 @@ class StaticPasses:
         self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
 
     def run(self, row: Packed) -> Outputs | None:
-        """Logits [M, V], and states [C, 3 H] if they are read, of a row packed on the CPU; valid until the next pass.
+        """Logits [M, V], and states [C, 3 H] if they are read, of a packed row; valid until the next pass.
 
         None if there is no room for the row, or if the model's code cannot be captured.
         """

@@ -34,13 +34,6 @@ class Outcome:
         parts = [np.empty(0, np.int64), *choices]
         return Outcome(np.concatenate(parts).astype(np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64))
 
-    def __len__(self) -> int:
-        return len(self.begins) - 1
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """[A + 1] of one tree."""
-        return self.choices[self.begins[index] : self.begins[index + 1]]
-
 
 @dataclass(frozen=True, slots=True)
 class Walk:

@@ -73,7 +73,6 @@ def test_the_most_likely_candidates_remain(
     """Of each tree, whatever grows beside it and how far."""
     afters = [logprobs_after(seed + view) for view in range(len(depths))]
     forest = GrowingForest(depths, width, branches)
-    assert len(forest) == len(depths)
     while len(forest.frontier):
         grow(forest, frontier_paths(forest), [afters[view] for view in forest.frontier_views], branches)
     for tree, after, depth in zip(forest.likeliest(num_nodes), afters, depths, strict=True):
