@@ -13,9 +13,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -212,14 +213,10 @@ def host_times(recording: Recording, name: str, slots: int, searcher: Searcher) 
 def _standing_in(clock: Clock) -> Iterator[None]:
     """What says in the models' stead what was recorded takes no time of the host."""
     places = [(gpu_played, "likeliest", True), (gpu_played, "chosen", False), (pipeline.engine, "choose", True)]
-    originals = [getattr(module, name) for module, name, _ in places]
-    for (module, name, waits), original in zip(places, originals, strict=True):
-        setattr(module, name, clock.model(original, waits=waits))
-    try:
+    with ExitStack() as stack:
+        for module, name, waits in places:
+            stack.enter_context(patch.object(module, name, clock.model(getattr(module, name), waits=waits)))
         yield
-    finally:
-        for (module, name, _), original in zip(places, originals, strict=True):
-            setattr(module, name, original)
 
 
 if __name__ == "__main__":

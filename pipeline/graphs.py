@@ -4,11 +4,12 @@ A pass of a small model is a thousand kernels of microseconds, which take longer
 is launched whole. Without CUDA the same functions run uncaptured.
 """
 
+import bisect
 import logging
 import os
 import shutil
 from collections.abc import Callable, Hashable
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ def pays(device: torch.device) -> bool:
 def has_compiler() -> bool:
     """Whether there is a C compiler, which Triton builds its launchers with."""
     return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+
+
+def size_of(count: int) -> int:
+    """The least of `SIZES` that holds so many, which are no more than the last."""
+    return SIZES[bisect.bisect_left(SIZES, count)]
 
 
 class Graphs(Generic[Key, Outputs]):
@@ -103,3 +109,20 @@ class Staged:
     def send(self, count: int | None = None) -> None:
         """Copies the first `count` entries, all if None. The caller waits for the device before it changes them."""
         self.device[:count].copy_(self._staging[:count], non_blocking=True)
+
+
+class Fence:
+    """Between what the host changes and what was launched to read it; no more than a pair of calls without CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until the device has read what was launched before the last `set`."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def set(self) -> None:
+        """What reads has been launched."""
+        if self._event is not None:
+            self._event.record()

@@ -5,14 +5,13 @@ rounds do without a draft, most of that is never read; so entries wait until a d
 for all slots in one pass, captured in fixed sizes as drafting's are.
 """
 
-import bisect
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.graphs import SIZES, Graphs, Staged
+from pipeline.graphs import SIZES, Fence, Graphs, Staged, size_of
 from pipeline.head import NUM_DEPTHS, DraftHead
 from pipeline.kv_cache import PagedCache
 from pipeline.proposal import Committed
@@ -144,7 +143,7 @@ class _Static:
         self._newest = Staged((2 * num_slots,), torch.int64, device)
         self._states = features.new_zeros(most, NUM_DEPTHS * features.shape[1])
         self._graphs: Graphs[int, bool] = Graphs(self._pass, device)
-        self._read: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._read = Fence(device)
 
     def run(self, rows: np.ndarray, newest: np.ndarray, states: list[torch.Tensor], trash: int) -> bool:
         """Whether there was room for it, and it could be captured.
@@ -155,9 +154,8 @@ class _Static:
         count, num_newest = rows.shape[1], newest.shape[1]
         if count > SIZES[-1]:
             return False
-        if self._read is not None:
-            self._read.synchronize()
-        size = SIZES[bisect.bisect_left(SIZES, count)]
+        self._read.wait()
+        size = size_of(count)
         lines = self._rows.host[: 4 * size].reshape(4, size)
         lines[:, :count] = _with_table_rows(rows, size, self._num_slots)
         lines[:, count:] = np.array([[0], [0], [trash], [size + self._num_slots]])
@@ -169,8 +167,7 @@ class _Static:
         was_computed = self._graphs(size) is not None
         if not was_computed:
             self._features.copy_(self._before)
-        if self._read is not None:
-            self._read.record()
+        self._read.set()
         return was_computed
 
     def _pass(self, size: int) -> bool:

@@ -63,7 +63,9 @@ class ModelDrafter:
         root_logprobs: torch.Tensor | None = None
         seen = []
         for level in levels(forest, pace, num_behind=num_behind):
-            forward = self._model.forward([self._run(index, views[index], forest) for index in forest.views.tolist()])
+            working = zip(forest.views.tolist(), np.diff(forest.begins).tolist(), strict=True)
+            runs = [self._run(views[index], forest, index, num_new) for index, num_new in working]
+            forward = self._model.forward(runs)
             logits = forward.logits.float()
             if level == 0:
                 seen = forest.views.tolist()
@@ -93,7 +95,7 @@ class ModelDrafter:
             return None
         return len(view.tokens) - 1 - len(slot.tokens)
 
-    def _run(self, index: int, view: SlotView, forest: GrowingForest) -> Run:
+    def _run(self, view: SlotView, forest: GrowingForest, index: int, num_new: int) -> Run:
         """What a level computes: at first the root and before it the tokens that are not in the cache yet, then the
         newest nodes, below what was computed before."""
         slot, root = self._slots[view.slot], len(view.tokens) - 1
@@ -101,5 +103,4 @@ class ModelDrafter:
             cached = len(slot.tokens)
             return Run(view.tokens[cached:], EMPTY_TREE, cached, slot.pages, True)
         tree = forest.expanded_of(index)
-        num_new = int(np.count_nonzero(forest.frontier_views == index))
         return Run(view.tokens[root:], tree, root, slot.pages, True, 1 + len(tree) - num_new)

@@ -1,15 +1,13 @@
 """A packed row at fixed places on the device, padded to one of a few sizes, as captured graphs want it."""
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 
-from pipeline.graphs import SIZES, Staged
+from pipeline.graphs import SIZES, Fence, Staged, size_of
 from pipeline.packing import Packed
 from pipeline.tiles import NUM_COLUMNS, Tiles, rows_per_tile, tiles_of
 
@@ -61,13 +59,13 @@ class StaticRow:
         self._positions = Staged((_MOST_NODES,), torch.int32, device)
         self._mask = Staged((_MOST_MASK,), torch.uint8, device)
         self._num_pages = 0
-        self._read: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._read = Fence(device)
 
     def _size(self, num_rows: int, num_logits: int) -> Size:
         """The least size that holds so many rows."""
-        rows = _size_of(num_rows)
+        rows = size_of(num_rows)
         tiles = min(rows, self._num_runs + rows // self._rows_per_tile)
-        few = _size_of(min(self._num_runs, _MOST))
+        few = size_of(min(self._num_runs, _MOST))
         return Size(rows, tiles, few if num_logits <= few < rows else rows)
 
     def put(self, row: Packed, further: np.ndarray = _NOTHING) -> Size | None:
@@ -80,8 +78,7 @@ class StaticRow:
         fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
         if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
             return None
-        if self._read is not None:
-            self._read.synchronize()  # passes without logits end without waiting for the device
+        self._read.wait()  # passes without logits end without waiting for the device
         size = self._size(num_rows, num_logits)
         tiles = tiles_of(row, self._rows_per_tile)
         lines = self._ids.host[: len(self._fills) * size.num_rows].reshape(-1, size.num_rows)
@@ -98,8 +95,7 @@ class StaticRow:
 
     def was_used(self) -> None:
         """A pass over the row is under way; the next `put` waits until the device has read it."""
-        if self._read is not None:
-            self._read.record()
+        self._read.set()
 
     def fetch(self, size: Size) -> None:
         """Copies what `put` made to the device; the first step of what is captured."""
@@ -123,10 +119,6 @@ class StaticRow:
         return Tiles(
             self._tiles.device[: size.num_tiles], self._pages.device, self._mask.device, self._positions.device
         )
-
-
-def _size_of(count: int) -> int:
-    return SIZES[bisect.bisect_left(SIZES, count)]
 
 
 def _send(staged: Staged, values: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from datastore.segment import build_segment
+from tests.jobs.dying import die_before
 from tests.jobs.stores import run_append, run_build
 
 _STEPS = ("fsync", "replace", "rename", "link", "unlink", "rmdir", "mkdir")
@@ -28,20 +29,7 @@ def child(work: Callable[[], object], kill_before: int = 0) -> int:
     if pid:
         return os.waitpid(pid, 0)[1]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    calls = 0
-
-    def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **options: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == kill_before:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    for name in _STEPS:
-        setattr(os, name, counted(getattr(os, name)))
+    die_before(kill_before, os, _STEPS)
     status = 1
     try:
         work()

@@ -20,6 +20,7 @@ import obstore
 from jobs.commit import CommitLog
 from jobs.storage import open_storage
 from tests.jobs import retrying
+from tests.jobs.dying import die_before
 from tests.jobs.parts import write_part
 
 ROOT = Path(__file__).parents[2]
@@ -55,25 +56,6 @@ SCENES: dict[str, tuple[Callable[[str], None], Callable[[str], None]]] = {
 }
 
 
-def die_before(number: int, target: str) -> None:
-    """Make this process kill itself instead of its `number`-th step towards the target."""
-    count = 0
-
-    def counted(step: Callable[..., object]) -> Callable[..., object]:
-        def call(*arguments: object, **options: object) -> object:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*arguments, **options)
-
-        return call
-
-    for module, names in ((obstore, REQUESTS),) if "://" in target else ((os, DURABLE_STEPS),):
-        for name in names:
-            setattr(module, name, counted(getattr(module, name)))
-
-
 def crash_at_each_step(target: str, scene: str) -> int:
     """Run this module; returns how many outputs there are below the target, the last of a driver that came through."""
     command = [sys.executable, "-m", "tests.jobs.crashing_commits", target, scene]
@@ -93,7 +75,7 @@ def main(target: str, scene: str) -> int:
             status = 1
             try:
                 prepare(f"{target}/{number}")
-                die_before(number, target)
+                die_before(number, *(obstore, REQUESTS) if "://" in target else (os, DURABLE_STEPS))
                 work(f"{target}/{number}")
                 status = 0
             finally:

@@ -31,6 +31,12 @@ DRAFTING = 0.006
 ROUNDS = 60
 
 
+def found_for(num_contexts: int) -> Lookup:
+    """Token 4 behind a match of nine tokens, for each context."""
+    one = np.ones(num_contexts, np.int32)
+    return Lookup(9 * one, np.arange(num_contexts + 1, dtype=np.int64), 4 * one, -one, one)
+
+
 class SlowSearcher:
     """Answers `latency` seconds after it was asked, as another process would.
 
@@ -99,9 +105,7 @@ def test_a_slow_search_costs_a_round_nothing_while_the_draft_model_works() -> No
 def test_an_answer_is_used_whether_it_comes_before_or_behind_the_draft(is_early: bool) -> None:
     class Sure(SlowSearcher):
         def receive(self) -> Mapping[str, Lookup]:
-            one = np.ones(self._num_contexts, np.int32)
-            offsets = np.arange(self._num_contexts + 1, dtype=np.int64)
-            return {"corpus": Lookup(9 * one, offsets, 4 * one, -one, one)}
+            return {"corpus": found_for(self._num_contexts)}
 
     toy = ToyTarget(16, 32)
     retriever = SearchRetriever([Sure(0.0, is_early)], AcceptanceTable(), toy.vocabulary)
@@ -128,9 +132,7 @@ class Counting:
 
     def receive(self) -> Mapping[str, Lookup]:
         self._events.append("search")
-        one = np.ones(self._num_contexts, np.int32)
-        offsets = np.arange(self._num_contexts + 1, dtype=np.int64)
-        return {"corpus": Lookup(9 * one, offsets, 4 * one, -one, one)}
+        return {"corpus": found_for(self._num_contexts)}
 
 
 @pytest.mark.parametrize("is_beside", [True, False])
