@@ -68,7 +68,7 @@ def rasd_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q = query[0].transpose(0, 1)  # [C, H, D]
     tiles = packed.tiles
-    if tiles is None and row is not None and softcap is None and _gpu_kernel(q.device.type) is not None:
+    if tiles is None and row is not None and _gpu_kernel(q.device.type) is not None:
         tiles = _tiles(row, q.shape[1] // keys.shape[1], q.device)
     if tiles is not None:
         return _attend_tiles(q, keys, values, tiles, scale, sliding_window, softcap)[None], None
@@ -120,9 +120,9 @@ def _probe(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return pool[:, 0, :1], pool, pool, Tiles(tiles, numbers, numbers.to(torch.uint8), numbers)
 
 
-def can_be_static(device: torch.device, softcap: float | None = None) -> bool:
+def can_be_static(device: torch.device) -> bool:
     """Whether attention over `Tiles` is fast on a device that can capture, or works at all on another."""
-    return device.type != "cuda" or (softcap is None and _gpu_kernel(device.type) is not None)
+    return device.type != "cuda" or _gpu_kernel(device.type) is not None
 
 
 def _attend_tiles(
@@ -134,10 +134,10 @@ def _attend_tiles(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    kernel = _gpu_kernel(q.device.type) if softcap is None else None
+    kernel = _gpu_kernel(q.device.type)
     if kernel is not None:
         with torch.cuda.device(q.device):  # of a split model, not the one that is current
-            return kernel(q, keys, values, tiles, scale=scale, sliding_window=window)
+            return kernel(q, keys, values, tiles, scale=scale, sliding_window=window, softcap=softcap)
     return attend_by_tile(q, keys, values, tiles, scale=scale, sliding_window=window, softcap=softcap)
 
 

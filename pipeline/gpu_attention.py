@@ -28,6 +28,7 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of every row of the tiles, [C, H, D]; 0 in rows of no tile."""
     num_rows, num_heads, head_dim = query.shape
@@ -44,7 +45,7 @@ def attend(
     padded = triton.next_power_of_2(max(head_dim, 16))
     _attend[(num_tiles, num_kv, splits)](
         *(query, keys, values, out, parts, sums, work.tiles, work.pages, work.mask, work.positions),
-        *(scale, sliding_window or 0, num_rows),
+        *(scale, sliding_window or 0, softcap or 1.0, num_rows),
         FOLD=fold,
         HEADS=num_heads,
         KV=num_kv,
@@ -54,6 +55,7 @@ def attend(
         ROWS=max(BLOCK_ROWS, triton.next_power_of_2(fold)),
         SPLITS=splits,
         WINDOW=sliding_window is not None,
+        CAP=softcap is not None,
     )
     if splits > 1:
         grid = (num_rows, num_heads)
@@ -75,6 +77,7 @@ def _attend(
     positions,
     scale,
     window,
+    softcap,
     num_rows,
     FOLD: tl.constexpr,
     HEADS: tl.constexpr,
@@ -85,6 +88,7 @@ def _attend(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     tile = tiles + tl.program_id(0) * _COLUMNS
     head, split = tl.program_id(1), tl.program_id(2)
@@ -111,6 +115,8 @@ def _attend(
         is_key = (key_place < num_keys)[:, None] & (dims < DIM)[None, :]
         k = tl.load(keys + lines[:, None] * DIM + dims[None, :], mask=is_key, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if CAP:
+            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh
         visible = _inside(mask, mask_begin, length, inner, own, is_real)
         visible = visible & (key_place < num_keys)[None, :]
         if WINDOW:

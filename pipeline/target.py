@@ -80,8 +80,7 @@ class Target:
         self.tap: FeatureTap | None = None
         model.set_attn_implementation(IMPLEMENTATION)
         self._passes: StaticPasses | None = None
-        softcap = getattr(self.config, "attn_logit_softcapping", None)
-        pays = graphs.pays(self.device) and can_be_static(self.device, softcap)
+        pays = graphs.pays(self.device) and can_be_static(self.device)
         if not self._is_split and (pays if is_static is None else is_static):
             num_ranks = 1 if ranks is None else ranks.size
             self._passes = StaticPasses(model, self.cache, lambda: self.tap, num_slots, num_ranks)

@@ -34,6 +34,9 @@ def rows(draw: st.DrawFn) -> list[Run]:
     return runs
 
 
+caps = st.sampled_from([None, 0.5, 30.0])
+
+
 class Layer(torch.nn.Module):
     """What the attention function asks of its module."""
 
@@ -51,26 +54,34 @@ def packed(runs: list[Run], heads: int, kv: int, dim: int, seed: int) -> tuple[P
     return row, cache, torch.randn(row.token_ids.shape[1], heads, dim, generator=draws)
 
 
-def expected(row: PackedRow, cache: PagedCache, query: torch.Tensor, window: int | None) -> torch.Tensor:
+def expected(
+    row: PackedRow, cache: PagedCache, query: torch.Tensor, window: int | None, softcap: float | None
+) -> torch.Tensor:
     """By the numba kernel and sdpa, which tests/pipeline/test_cpu_attention.py holds against plain loops."""
     context = AttentionContext(row, cache)
     heads = query.transpose(0, 1)[None]
-    out, _ = rasd_attention(Layer(), heads, heads, heads, None, packed=context, sliding_window=window)
+    out, _ = rasd_attention(Layer(), heads, heads, heads, None, packed=context, sliding_window=window, softcap=softcap)
     return out[0]
 
 
 @settings(deadline=None, max_examples=60)
-@given(rows(), st.sampled_from([(4, 2), (9, 3), (3, 3)]), st.sampled_from([None, 7]), st.integers(0, 1 << 20))
-def test_plain_tiles_equal_sdpa(runs: list[Run], shape: tuple[int, int], window: int | None, seed: int) -> None:
+@given(rows(), st.sampled_from([(4, 2), (9, 3), (3, 3)]), st.sampled_from([None, 7]), caps, st.integers(0, 1 << 20))
+def test_plain_tiles_equal_sdpa(
+    runs: list[Run], shape: tuple[int, int], window: int | None, softcap: float | None, seed: int
+) -> None:
     row, cache, query = packed(runs, *shape, 16, seed)
     work = tiles_on(row.arrays, rows_per_tile(shape[0] // shape[1]), CPU)
-    got = attend_by_tile(query, cache.keys[0], cache.values[0], work, scale=0.25, sliding_window=window)
-    torch.testing.assert_close(got, expected(row, cache, query, window), atol=2e-5, rtol=1e-4)
+    got = attend_by_tile(
+        query, cache.keys[0], cache.values[0], work, scale=0.25, sliding_window=window, softcap=softcap
+    )
+    torch.testing.assert_close(got, expected(row, cache, query, window, softcap), atol=2e-5, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=25)
-@given(rows(), st.sampled_from([(4, 2), (9, 3), (3, 3)]), st.sampled_from([None, 7]), st.integers(0, 1 << 20))
-def test_the_kernel_equals_sdpa(runs: list[Run], shape: tuple[int, int], window: int | None, seed: int) -> None:
+@given(rows(), st.sampled_from([(4, 2), (9, 3), (3, 3)]), st.sampled_from([None, 7]), caps, st.integers(0, 1 << 20))
+def test_the_kernel_equals_sdpa(
+    runs: list[Run], shape: tuple[int, int], window: int | None, softcap: float | None, seed: int
+) -> None:
     pytest.importorskip("triton")
     from pipeline.gpu_attention import attend
 
@@ -78,8 +89,8 @@ def test_the_kernel_equals_sdpa(runs: list[Run], shape: tuple[int, int], window:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter wants the latter
     work = tiles_on(row.arrays, rows_per_tile(shape[0] // shape[1]), device)
     tensors = (tensor.to(device) for tensor in (query, cache.keys[0], cache.values[0]))
-    got = attend(*tensors, work, scale=0.25, sliding_window=window).cpu()
-    torch.testing.assert_close(got, expected(row, cache, query, window), atol=2e-5, rtol=1e-4)
+    got = attend(*tensors, work, scale=0.25, sliding_window=window, softcap=softcap).cpu()
+    torch.testing.assert_close(got, expected(row, cache, query, window, softcap), atol=2e-5, rtol=1e-4)
 
 
 @settings(deadline=None)
