@@ -26,7 +26,7 @@ from pipeline.growth import DraftOptions
 from pipeline.head import DraftHead, HeadConfig
 from pipeline.head_drafter import HeadDrafter
 from pipeline.pace import FullPace
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PageRun
 from pipeline.proposal import Committed, SlotView
 from pipeline.target import Target
@@ -123,7 +123,7 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
     for pool in (*expected.cache.keys, *expected.cache.values):
         pool.normal_()
     caches = [pool.clone() for pool in (*expected.cache.keys, *expected.cache.values)]
-    want = expected.forward(runs).logits
+    want = expected.forward(Runs.of(runs, _PAGE)).logits
     found: dict[str, Any] = {"context": context, "spread": round(float(want.std()), 4)}
     model.to(device)  # type: ignore[arg-type]
     for kind in ("eager", "graph"):
@@ -131,7 +131,7 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
         for pool, content in zip((*target.cache.keys, *target.cache.values), caches, strict=True):
             pool.copy_(content)
         for _ in range(2):
-            found[kind] = float((target.forward(runs).logits.cpu() - want).abs().max())
+            found[kind] = float((target.forward(Runs.of(runs, _PAGE)).logits.cpu() - want).abs().max())
     return found
 
 
@@ -240,12 +240,12 @@ def _drafts(model: LlamaForCausalLM, device: torch.device, slots: Sequence[int],
 
 def _greedy(target: Target, runs: Sequence[Run]) -> torch.Tensor:
     """The target's choices, on the CPU as a round wants them."""
-    return target.forward(list(runs)).logits.argmax(-1).cpu()
+    return target.forward(Runs.of(runs, _PAGE)).logits.argmax(-1).cpu()
 
 
 def _profile(name: str, target: Target, runs: Sequence[Run], path: Path) -> None:
     activities = [ProfilerActivity.CUDA] if target.device.type == "cuda" else [ProfilerActivity.CPU]
-    target.forward(list(runs))
+    target.forward(Runs.of(runs, _PAGE))
     with profile(activities=activities) as profiler:
         for _ in range(5):
             _greedy(target, runs)

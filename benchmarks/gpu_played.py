@@ -51,7 +51,7 @@ class PlayedEngine(Engine):
 
     recording: Recording
 
-    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+    def _verify(self, work: Work) -> tuple[Forward, Choices]:
         forward, choices = super()._verify(work)
         return forward, chosen(self.recording, work, forward, choices)
 
@@ -77,14 +77,13 @@ class _Said:
         return self.recorded()
 
 
-def chosen(recording: Recording, work: Sequence[Work], forward: Forward, choices: Choices) -> Choices:
+def chosen(recording: Recording, work: Work, forward: Forward, choices: Choices) -> Choices:
     """What a recording's target said, in place of a pass's choices, [M] int64."""
     token_ids = np.array(choices.token_ids)
-    for item, begin in zip(work, forward.begin, strict=True):
+    for slot, tree, begin in zip(work.slots, work.trees, forward.begin.tolist(), strict=True):
         if begin >= 0:
-            slot = item.slot
             output = recording.outputs[slot.request.request_id % len(recording.outputs)]
-            said = choices_along(item.run.tree, output[slot.num_output :])
+            said = choices_along(tree, output[slot.num_output :])
             token_ids[begin : begin + len(said)] = said
     return Choices(token_ids, None)
 
@@ -128,7 +127,9 @@ def played_engine(
         shape = HeadConfig.for_target(model, "random", _DRAFT_VOCABULARY, _RANK)
         head = new_head(model, shape, torch.arange(shape.draft_vocab_size)).to(model.dtype).eval()
         target.read_states(shape.depths)
-        drafter = _PlayedHead(head, num_pages, PAGE_SIZE, num_slots, recording.options, is_static=is_static)
+        drafter = _PlayedHead(
+            head, num_pages, PAGE_SIZE, num_slots, recording.options, is_static=is_static, clock=clock
+        )
         drafter.recording = recording
     if not method.sources or budget is not None:
         times = None

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.common import engine_for, load, parser, report
 from pipeline.assemble import PAGE_SIZE
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PagePool, PageRun
 from pipeline.request import Request, SamplingParams
 from pipeline.target import Target
@@ -47,7 +47,8 @@ def _ragged(options: Any) -> dict[str, Any]:
     pages = [PageRun() for _ in range(_SLOTS)]
     for run in pages:
         assert pool.grow(run, options.context + 64)
-        target.forward([Run(np.arange(options.context, dtype=np.int32) + 100, EMPTY_TREE, 0, run, True)])
+        prompt = Run(np.arange(options.context, dtype=np.int32) + 100, EMPTY_TREE, 0, run, True)
+        target.forward(Runs.of([prompt], PAGE_SIZE))
 
     def seconds(nodes: Sequence[int]) -> float:
         runs = [
@@ -55,7 +56,7 @@ def _ragged(options: Any) -> dict[str, Any]:
             for count, run in zip(nodes, pages, strict=True)
         ]
         begin = time.perf_counter()
-        target.forward(runs)
+        target.forward(Runs.of(runs, PAGE_SIZE))
         return time.perf_counter() - begin
 
     shapes = {"ragged": _RAGGED, "even": _EVEN}

@@ -21,7 +21,7 @@ from pipeline.head_drafter import HeadDrafter
 from pipeline.kv_cache import KVShape
 from pipeline.methods import Method, build
 from pipeline.model_drafter import ModelDrafter
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PageRun
 from pipeline.proposal import Drafter
 from pipeline.ranks import Ranks, Room
@@ -176,7 +176,7 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
             tree = TokenTree.of(range(1, own), [-1] * (own - 1), "draft")  # every row with logits, as in verification
             runs.append(Run(np.zeros(1, np.int32), tree, 0, pages, True))
         try:
-            seconds.append(_fastest(target, runs))
+            seconds.append(_fastest(target, Runs.of(runs, PAGE_SIZE)))
         except torch.OutOfMemoryError:
             if target.is_shared or not seconds:  # a pass that others do, too, cannot be given up
                 raise
@@ -184,7 +184,7 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
     return StepTimes(timed[: len(seconds)], seconds)
 
 
-def _fastest(target: Target, runs: list[Run]) -> float:
+def _fastest(target: Target, runs: Runs) -> float:
     """Of four passes, or of two that are so long that others beside them hardly change them."""
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 4 and sum(seconds) < _TIMED_SECONDS):
@@ -192,7 +192,7 @@ def _fastest(target: Target, runs: list[Run]) -> float:
     return min(seconds)
 
 
-def _timed(target: Target, runs: list[Run]) -> float:
+def _timed(target: Target, runs: Runs) -> float:
     begin = time.perf_counter()
     target.forward(runs).logits.argmax(dim=-1).cpu()
     return time.perf_counter() - begin

@@ -26,8 +26,6 @@ from pipeline.tiles import CAUSAL, Tiles, attend_by_tile, rows_per_tile, tiles_o
 IMPLEMENTATION = "rasd"
 log = logging.getLogger(__name__)
 
-LONG_CHAIN = 24  # chains at least this long go to sdpa, whose matrix products win there (benchmarks in docs/LOG.md)
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionContext:

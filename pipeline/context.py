@@ -78,10 +78,6 @@ class ContextRetriever:
     def is_ready(self) -> bool:
         return True
 
-    @property
-    def takes_long(self) -> bool:
-        return False
-
     def send(self, views: Sequence[SlotView]) -> None:
         """Nothing to wait for."""
 

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes, select
+from pipeline.emission import Books, Emission, emit
 from pipeline.errors import JobError
 from pipeline.forest import Forest
 from pipeline.graphs import Graphs
@@ -28,12 +29,11 @@ from pipeline.request import Generation, Request, check_prompt
 from pipeline.retrieval import Retrieval
 from pipeline.rules import Lesson
 from pipeline.sampling import Choices, choose
-from pipeline.scheduler import MIN_CHUNK, Scheduler, Work, num_rows_of
+from pipeline.scheduler import MIN_CHUNK, Scheduler, Work
 from pipeline.slots import Slot
 from pipeline.stopping import Decoder, StopCheck
 from pipeline.target import Forward, Target
-from pipeline.tree import TokenTree
-from pipeline.verify import Outcome, Walk, walk_forest
+from pipeline.verify import Outcome, walk_forest
 
 _SMOOTHING = 0.1  # of a round in moving averages
 _MOST_PREFILL = 0.5  # of a round's rows, for it to teach what rounds take: with many slots few have none
@@ -65,7 +65,7 @@ class Engine:
         target, drafter: its models.
         phases: where the time of its rounds went.
         works_beside: whether the models compute beside this process, as on a GPU.
-        recorder: told of every token; None, as at first, if nobody wants to know.
+        recorder: see `pipeline.emission.Books`.
 
     Args:
         target: the model over its KV pool.
@@ -90,7 +90,7 @@ class Engine:
     ) -> None:
         self.target = target
         self._decoder = decoder
-        self._eos_ids = frozenset(eos_ids)
+        self._eos_ids = np.array(sorted(set(eos_ids)), np.int64)
         self.drafter = proposers.drafter
         self._reader = proposers.drafter if isinstance(proposers.drafter, FeatureDrafter) else None
         self._retrievers = proposers.retrievers
@@ -100,19 +100,25 @@ class Engine:
         self._config = config
         self._times = times
         pool = PagePool(target.num_pages, target.cache.page_size)
-        self._proposed = self._selected = Forest.empty(0)  # this round's candidates, and those chosen
-        self._num_rows = (0, 0)  # of this round's pass, and how many are prefill
-        self._places: dict[int, int] = {}  # by slot, the place of its tree among them
+        self._proposed = Forest.empty(0)  # this round's candidates
+        self._numbers: list[int] = []  # the slot of each of these trees
         self._rests = False  # whether this round does without speculation
-        self._emitted = 0  # tokens of this round
         self._lesson: Callable[[], None] | None = None  # of the last round, not learned yet
         self._overhead = 0.0  # seconds of a round's commit, lately
         self._clock = clock
         self.phases = Phases(clock)
-        self.recorder: Recorder | None = None
         self._scheduler = Scheduler(
             config.num_slots, pool, config.prefill_chunk, proposers.retrievers, proposers.drafter
         )
+        self._books = Books(self._scheduler, proposers.retrievers)
+
+    @property
+    def recorder(self) -> Recorder | None:
+        return self._books.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder | None) -> None:
+        self._books.recorder = recorder
 
     @property
     def has_work(self) -> bool:
@@ -136,7 +142,7 @@ class Engine:
         """
         check_prompt(request.prompt_ids, self._config.max_context, self.target.config.vocab_size)
         max_new_tokens = min(request.params.max_new_tokens, self._config.max_context - len(request.prompt_ids))
-        stop = StopCheck(request.params, max_new_tokens, self._eos_ids, self._decoder)
+        stop = StopCheck(request.params, max_new_tokens, self._eos_ids.tolist(), self._decoder)
         self._scheduler.submit(Slot.of(request, stop))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Generation]:
@@ -170,25 +176,37 @@ class Engine:
 
     def _round(self) -> list[Generation]:
         begin, num_captures = self._clock(), Graphs.num_captures
-        self._scheduler.admit()
+        if not self.works_beside:
+            self._settle()
         decoding = self._scheduler.decoding()
-        self._rests = self._rule.rests(len(self._scheduler.active))
-        self._places = {slot.number: place for place, slot in enumerate(decoding)}
+        self._rests = self._rule.rests(self._scheduler.num_under_way)
+        self._numbers = [slot.number for slot in decoding]
         self._proposed = self._propose(decoding)
         with self.phases("select"):
-            self._selected = self._select(self._clock() - begin)
-            work = self._scheduler.plan(dict(zip(self._places, self._selected, strict=True)))
-        self._num_rows = num_rows_of(work)
+            work = self._scheduler.plan(self._numbers, self._select(self._clock() - begin))
         with self.phases("verify"):
             forward, choices = self._verify(work)
         with self.phases("commit"):
-            finished = self._commit(work, forward, choices)
+            emission = self._emit(work, forward, choices)
+            finished = self._commit(emission, forward)
         if Graphs.num_captures == num_captures:
-            self._observe_round(work, self._clock() - begin)
+            self._observe_round(emission, self._clock() - begin)
         return finished
+
+    def _settle_late(self) -> None:
+        """As `_settle`, where it has not been done before."""
+        if self.works_beside:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Notes what the last round left to be noted, and lets requests in."""
+        with self.phases("commit"):
+            self._books.settle()
+            self._scheduler.admit()
 
     def _retreat(self, reason: str) -> list[Generation]:
         """Makes every slot start anew from the tokens it has, in half as many slots; returns those that had ended."""
+        self._books.settle()
         ended = [slot for slot in self._scheduler.active if slot.finish_reason is not None]
         for slot in ended:
             self._scheduler.finish(slot)
@@ -206,14 +224,16 @@ class Engine:
     def _propose(self, decoding: Sequence[Slot]) -> Forest:
         """What the method's rule makes of a draft and of what was retrieved, one tree a slot.
 
-        Retrievers in other processes work while the draft model does; beside a device this process's searches do, too.
+        Retrievers in other processes work while the draft model does; beside a device so does this process, with its
+        own searches and what the last round left to be noted.
         """
         if self._rests:
+            self._settle_late()
             return Forest.empty(len(decoding))
         views = [slot.view() for slot in decoding]
         with self.phases("retrieve"):
             beside = self.works_beside
-            retrieval = Retrieval(self._retrievers, views, waits=self._rule.waits, is_beside=beside)
+            retrieval = Retrieval(self._retrievers, views, self._settle_late, waits=self._rule.waits, is_beside=beside)
         with self.phases("draft"):
             draft = self.drafter.draft(views, self._rule.pace(views, retrieval))
         with self.phases("retrieve"):
@@ -226,15 +246,17 @@ class Engine:
         rows = self._scheduler.prefill_rows()
         return select(self._proposed, self._config.budget, self._times, rows, spent + self._overhead)
 
-    def _observe_round(self, work: Sequence[Work], seconds: float) -> None:
+    def _observe_round(self, emission: Emission, seconds: float) -> None:
         """Learns what a round takes and brings, prefill left out."""
-        num_rows, num_prefill = self._num_rows
-        num_slots = sum(len(item.run.known) == 1 for item in work)
+        work = emission.work
+        num_rows, num_prefill = work.num_rows, work.num_prefill
+        num_slots = int(np.count_nonzero(work.runs.num_known == 1))
         if self._times is not None and num_slots and num_prefill <= _MOST_PREFILL * num_rows:
             whole, own = self._times(np.array([num_rows, num_rows - num_prefill]))
-            self._rule.observe_round(num_slots, num_rows - num_prefill, self._emitted, seconds * float(own / whole))
+            num_tokens, seconds = sum(emission.num_new), seconds * float(own / whole)
+            self._rule.observe_round(num_slots, num_rows - num_prefill, num_tokens, seconds)
 
-    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+    def _verify(self, work: Work) -> tuple[Forward, Choices]:
         """One target forward pass over all runs and the target's choice after every node; times itself.
 
         What the last round taught is learned meanwhile.
@@ -247,82 +269,33 @@ class Engine:
         if self._lesson is not None and not self.works_beside:
             self._lesson()
         begin, num_captures = self._clock(), Graphs.num_captures
-        forward = self.target.forward([item.run for item in work])
+        forward = self.target.forward(work.runs)
         if self._lesson is not None:
             self._lesson()
         choices = self._choose(work, forward)
-        num_rows, num_prefill = self._num_rows
-        is_usual = num_prefill <= _MOST_PREFILL * num_rows and Graphs.num_captures == num_captures
+        is_usual = work.num_prefill <= _MOST_PREFILL * work.num_rows and Graphs.num_captures == num_captures
         if self._times is not None and is_usual:
-            self._times.observe(num_rows, self._clock() - begin)
+            self._times.observe(work.num_rows, self._clock() - begin)
         return forward, choices
 
-    def _choose(self, work: Sequence[Work], forward: Forward) -> Choices:
+    def _choose(self, work: Work, forward: Forward) -> Choices:
         rows = [None] * forward.logits.shape[0]
-        for item, begin in zip(work, forward.begin, strict=True):
+        for slot, tree, begin in zip(work.slots, work.trees, forward.begin.tolist(), strict=True):
             if begin >= 0:
-                choice_rows = item.slot.choice_rows(item.run.tree)
+                choice_rows = slot.choice_rows(tree)
                 rows[begin : begin + len(choice_rows)] = choice_rows  # type: ignore[assignment]
         return choose(forward.logits, rows)  # type: ignore[arg-type]
 
-    def _commit(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[Generation]:
-        """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
-        began, num_captures = self._clock(), Graphs.num_captures
-        kept = self._emit_all(work, forward, choices)
-        if self._reader is not None and self._rests and not self._rule.follows:
-            for item in work:
-                if item.slot.is_followed:
-                    item.slot.is_followed = False
-                    self._reader.release(item.slot.number)
-        if self._reader is not None or any(map(len, kept)):
-            self._keep(work, kept, forward)
-        pool = self._scheduler.pool
-        for item, accepted in zip(work, kept, strict=True):
-            slot, num_known = item.slot, len(item.run.known)
-            slot.cached += num_known + len(accepted)
-            if num_known > 1 or slot.finish_reason is not None or not pool.is_filling(slot.pages, slot.cached):
-                pool.publish(slot.pages, slot.known[: slot.cached])
-        finished: list[Generation] = []
-        for item in work:
-            if item.slot.finish_reason is not None:
-                self._scheduler.finish(item.slot)
-                finished.append(item.slot.generation())
-        if Graphs.num_captures == num_captures:
-            self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
-        return finished
-
-    def _keep(self, work: Sequence[Work], accepted: Sequence[np.ndarray], forward: Forward) -> None:
-        """Moves accepted nodes' keys and values to where they belong; tells the drafter the states of what is kept."""
-        slots, runs = [item.slot for item in work], [item.run for item in work]
-        kept = kept_of(runs, accepted, self.target.cache.page_size)
-        if len(kept.sources):
-            self.target.move(kept.sources, kept.targets)
-        if self._reader is not None and forward.states is not None and any(slot.is_followed for slot in slots):
-            committed, rows = followed(slots, runs, kept, forward.state_begin)
-            self._reader.commit(committed, forward.states[torch.from_numpy(rows).to(self.target.device)])
-
-    def _emit_all(self, work: Sequence[Work], forward: Forward, choices: Choices) -> list[np.ndarray]:
-        """Appends the round's tokens to all slots; returns the nodes kept of each, [A]. What they teach waits."""
-        self._emitted = 0
-        none = np.empty(0, np.int32)
-        emitting = [i for i, begin in enumerate(forward.begin) if begin >= 0]
-        rows = np.array([forward.begin[i] for i in emitting], np.int64)
-        trees = [work[i].run.tree for i in emitting]
-        is_whole = [work[i].slot.number for i in emitting] == list(self._places)
-        is_whole = is_whole and sum(map(len, trees)) == self._selected.num_nodes
-        verified = self._selected if is_whole else Forest.of(trees)
-        walks = walk_forest(verified, choices.token_ids, rows)
-        shown = [none] * len(self._proposed)
-        kept = [none] * len(work)
-        for i, walk in zip(emitting, walks, strict=True):
-            slot = work[i].slot
-            # A slot that gave way and computes its tokens again was no part of what was proposed.
-            if slot.num_output > 0 and (proposed := self._places.get(slot.number)) is not None:
-                shown[proposed] = walk.tokens
-            kept[i] = self._emit(slot, work[i].run.tree, walk, forward.begin[i], choices)
+    def _emit(self, work: Work, forward: Forward, choices: Choices) -> Emission:
+        """Appends the round's tokens to all slots. What they teach waits."""
+        walks = walk_forest(work.trees, choices.token_ids, forward.begin)
+        emission = emit(work, walks, choices, forward.begin, self._eos_ids)
         if not self._rests:
-            self._lesson = partial(self._learn, self._proposed, Outcome.of(shown), self._rule.lesson())
-        return kept
+            # A slot that gave way and computes its tokens again was no part of what was proposed.
+            places = {slot.number: i for i, slot in enumerate(work.slots) if emission.is_round[i]}
+            outcome = walks.outcome.taken([places.get(number, -1) for number in self._numbers])
+            self._lesson = partial(self._learn, self._proposed, outcome, self._rule.lesson())
+        return emission
 
     def _learn(self, proposed: Forest, outcome: Outcome, lesson: Lesson) -> None:
         """A round's proposals and what became of them. It can wait until the device has a next pass to compute."""
@@ -330,21 +303,35 @@ class Engine:
         lesson(proposed, outcome)
         self._lesson = None
 
-    def _emit(self, slot: Slot, tree: TokenTree, walk: Walk, begin: int, choices: Choices) -> np.ndarray:
-        """Appends the accepted tokens and the bonus until one ends the output; returns the accepted nodes kept, [A].
+    def _commit(self, emission: Emission, forward: Forward) -> list[Generation]:
+        """Keeps the accepted nodes' keys and values, and lets finished requests go."""
+        began, num_captures = self._clock(), Graphs.num_captures
+        slots = emission.work.slots
+        self._books.enter(emission)
+        if self._reader is not None and self._rests and not self._rule.follows:
+            for slot in slots:
+                if slot.is_followed:
+                    slot.is_followed = False
+                    self._reader.release(slot.number)
+        if self._reader is not None or len(emission.kept):
+            self._keep(emission, forward)
+        counts = emission.work.runs.num_known + np.diff(emission.kept_begins)
+        for slot, count in zip(slots, counts.tolist(), strict=True):
+            slot.cached += count
+        self._books.settle(only_ended=True)
+        ended = [slot for slot in slots if slot.finish_reason is not None]
+        for slot in ended:
+            self._scheduler.finish(slot)
+        if Graphs.num_captures == num_captures:
+            self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
+        return [slot.generation() for slot in ended]
 
-        Args:
-            begin: row of the root's choice.
-        """
-        accepted, is_round, length = walk.nodes, slot.num_output > 0, slot.length
-        logprobs = None if choices.logprobs is None else choices.logprobs[begin + np.array([0, *(accepted + 1)])]
-        slot.extend(walk.tokens, logprobs)
-        new = slot.tokens[length : slot.length]
-        self._emitted += len(new)
-        if is_round:
-            slot.count_round(len(tree), walk.sources[: len(new)])
-        if self.recorder is not None:
-            self.recorder.emitted(slot.request.request_id, slot.rounds, tree, accepted, new)
-        for retriever in self._retrievers:
-            retriever.extend(slot.number, new)
-        return accepted[: len(new) - 1] if slot.finish_reason is None else accepted[:0]
+    def _keep(self, emission: Emission, forward: Forward) -> None:
+        """Moves accepted nodes' keys and values to where they belong; tells the drafter the states of what is kept."""
+        slots, page_size = emission.work.slots, self.target.cache.page_size
+        kept = kept_of(emission.work.runs, emission.kept, emission.kept_begins, page_size)
+        if len(kept.sources):
+            self.target.move(kept.sources, kept.targets)
+        if self._reader is not None and forward.states is not None and any(slot.is_followed for slot in slots):
+            committed, rows = followed(slots, kept, forward.state_begin)
+            self._reader.commit(committed, forward.states[torch.from_numpy(rows).to(self.target.device)])

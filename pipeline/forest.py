@@ -97,6 +97,17 @@ class Forest(Sequence[TokenTree]):
                 self.tokens[nodes], self.parents[nodes], self.scores[nodes], self.evidence[nodes], self.matches[nodes]
             )
 
+    def taken(self, order: Sequence[int]) -> "Forest":
+        """These trees in another order, or some of them; -1 is an empty one."""
+        if list(order) == list(range(len(self))):
+            return self
+        return Forest.of([self[i] if i >= 0 else EMPTY_TREE for i in order])
+
+    def followed_by_empty(self, num_trees: int) -> "Forest":
+        """So many empty trees behind these."""
+        begins = np.append(self.begins, np.full(num_trees, self.begins[-1]))
+        return Forest(self.tokens, self.parents, self.scores, self.evidence, self.matches, begins)
+
     def with_scores(self, scores: np.ndarray) -> "Forest":
         """The same nodes with other scores, [T] float32."""
         return Forest(self.tokens, self.parents, scores, self.evidence, self.matches, self.begins)

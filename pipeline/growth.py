@@ -4,7 +4,7 @@ A level is one pass of the draft model over the nodes to be expanded, of all slo
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,19 +46,21 @@ class DraftOptions:
         return self.width * max(self.depth - 1, 0)
 
 
-def levels(
+def grow_levels(
     forest: GrowingForest,
     pace: Pace,
+    launch: Callable[[int], Callable[[], None]],
     clock: Callable[[], float] = time.perf_counter,
     prepare: Callable[[], None] = lambda: None,
     num_behind: np.ndarray | None = None,
-) -> Iterator[int]:
-    """The levels to be computed, each for the forest's frontier as it is then; times them.
+) -> None:
+    """Grows trees as far as the pace goes, and times levels.
 
-    The forest must have grown by a level when the next is asked for. `prepare` is called before the first, if there is
-    one; its time is no level's.
+    What is done while a level is computed would have to be done without it, too: its time is no level's.
 
     Args:
+        launch: begins a level, of the forest's frontier as it is then, and returns what waits for it and adds it.
+        prepare: called before the first level, if there is one; its time is no level's either.
         num_behind: [B] tokens before each root that the first level has to compute, too.
     """
     while len(forest.frontier):
@@ -71,9 +73,13 @@ def levels(
             prepare()
             num_rows += 0 if num_behind is None else int(num_behind[forest.views].sum())
         begin, num_captures = clock(), Graphs.num_captures
-        yield level
+        finish = launch(level)
+        launched = clock()
+        pace.meanwhile()
+        beside = clock() - launched
+        finish()
         if Graphs.num_captures == num_captures:
-            pace.took(num_rows, clock() - begin)
+            pace.took(num_rows, clock() - begin - beside)
 
 
 def top_of(logits: torch.Tensor, branches: int, token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,7 +103,6 @@ def grow(
     options: DraftOptions,
     token_ids: torch.Tensor | None = None,
     top: torch.Tensor | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Adds a level to all trees that have a frontier.
 
@@ -106,9 +111,7 @@ def grow(
         logits: [F, V] float32, one row for each node of the frontier.
         token_ids: [V] int64 token of each column of a draft model with a vocabulary of its own.
         top: `top_of` the logits, if it is known already.
-        meanwhile: done before any of it is waited for.
     """
-    meanwhile()
     if options.is_coupled and any(not views[index].params.is_greedy for index in forest.views.tolist()):
         logits = perturbed_scores(logits, _choice_rows(forest, views), token_ids)
         top = None

@@ -5,13 +5,14 @@ share, copy and release are the head's too. Entries of committed tokens wait in 
 What is drafted goes to scratch pages behind the pool.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from pipeline.draft_forest import GrowingForest
-from pipeline.growth import DraftOptions, Observer, grow, levels, logprobs_at_roots, over_vocabulary
+from pipeline.growth import DraftOptions, Observer, grow, grow_levels, logprobs_at_roots, over_vocabulary
 from pipeline.head import DraftHead
 from pipeline.head_entries import HeadEntries
 from pipeline.head_pass import HeadPasses, Outputs
@@ -33,6 +34,7 @@ class HeadDrafter:
         num_pages, page_size: of the target's pool.
         num_slots: slots of the engine; each has scratch pages of its own.
         is_static: see `pipeline.head_pass.HeadPasses`.
+        clock: tells seconds.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class HeadDrafter:
         options: DraftOptions,
         *,
         is_static: bool | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = head.config
         self.observer: Observer | None = None
+        self._clock = clock
         self._head = head
         self._options = options
         self._page_size = page_size
@@ -85,12 +89,16 @@ class HeadDrafter:
         forest = GrowingForest(depths, options.width, options.branches)
         places = _Places(views, [self._pages(view) for view in views], self._num_slots, options.num_scratch)
         root_logprobs: torch.Tensor | None = None
-        for level in levels(forest, pace, prepare=self._entries.write):
+
+        def launch(level: int) -> Callable[[], None]:
+            nonlocal root_logprobs
             logits, top = self._level(views, forest, places)
             if level == 0 and pace.reads_root:
                 whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
                 root_logprobs = logprobs_at_roots(whole, forest.views, len(views))
-            grow(forest, views, logits, options, self._head.token_ids, top, pace.meanwhile)
+            return lambda: grow(forest, views, logits, options, self._head.token_ids, top)
+
+        grow_levels(forest, pace, launch, self._clock, prepare=self._entries.write)
         if self.observer is not None:
             for index in np.flatnonzero(depths).tolist():
                 self.observer(views[index], *forest.tree(index))

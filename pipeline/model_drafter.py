@@ -4,16 +4,16 @@ Trees grow in batch, one packed forward pass a level for all slots; a level comp
 was computed for a tree is kept: accepted tokens come again, as known ones, in the next round's first pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from pipeline.draft_forest import GrowingForest
-from pipeline.growth import DraftOptions, Observer, grow, levels, logprobs_at_roots
+from pipeline.growth import DraftOptions, Observer, grow, grow_levels, logprobs_at_roots
 from pipeline.pace import Pace
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PagePool, PageRun
 from pipeline.proposal import Draft, SlotView
 from pipeline.target import Target
@@ -61,19 +61,23 @@ class ModelDrafter:
         options = self._options
         forest = GrowingForest(depths, options.width, options.branches)
         root_logprobs: torch.Tensor | None = None
-        seen = []
-        for level in levels(forest, pace, num_behind=num_behind):
+        seen: list[int] = []
+
+        def launch(level: int) -> Callable[[], None]:
+            nonlocal root_logprobs
             working = zip(forest.views.tolist(), np.diff(forest.begins).tolist(), strict=True)
             runs = [self._run(views[index], forest, index, num_new) for index, num_new in working]
-            forward = self._model.forward(runs)
+            forward = self._model.forward(Runs.of(runs, self._pool.page_size))
             logits = forward.logits.float()
             if level == 0:
-                seen = forest.views.tolist()
-                if forward.begin != list(range(len(seen))):  # long chains of known tokens come behind short ones
-                    logits = logits[forward.begin]
+                seen.extend(forest.views.tolist())
+                if (np.diff(forward.begin) < 0).any():  # long chains of known tokens come behind short ones
+                    logits = logits[torch.from_numpy(forward.begin).to(logits.device)]
                 if pace.reads_root:
                     root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
-            grow(forest, views, logits, options, meanwhile=pace.meanwhile)
+            return lambda: grow(forest, views, logits, options)
+
+        grow_levels(forest, pace, launch, num_behind=num_behind)
         for index in seen:
             self._slots[views[index].slot].tokens = views[index].tokens.copy()
         if self.observer is not None:

@@ -40,11 +40,22 @@ class Pace(Protocol):
 
 
 class FullPace:
-    """Everything to the full depth, as EAGLE-2 does, for the views that `wanted` names; None for all."""
+    """Everything to the full depth, as EAGLE-2 does.
 
-    def __init__(self, reads_root: bool = False, wanted: frozenset[int] | None = None) -> None:
+    Args:
+        wanted: the views that are drafted for; None for all.
+        meanwhile: done while levels are computed.
+    """
+
+    def __init__(
+        self,
+        reads_root: bool = False,
+        wanted: frozenset[int] | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         self.reads_root = reads_root
         self._wanted = wanted
+        self._meanwhile = meanwhile
 
     def expand(self, level: int, forest: GrowingForest) -> np.ndarray:
         if self._wanted is None:
@@ -52,7 +63,7 @@ class FullPace:
         return np.isin(forest.frontier_views, list(self._wanted))
 
     def meanwhile(self) -> None:
-        """There is nothing to do."""
+        self._meanwhile()
 
     def took(self, num_rows: int, seconds: float) -> None:
         """It does not matter."""

@@ -14,6 +14,7 @@ from numba import njit
 from pipeline.pages import PageRun, block_table
 from pipeline.tree import TokenTree
 
+LONG_CHAIN = 24  # chains at least this long are packed last: on a CPU matrix products win there (docs/LOG.md)
 _NO_MASK = -1
 
 
@@ -40,11 +41,6 @@ class Run:
 
     def __len__(self) -> int:
         return len(self.known) + len(self.tree)
-
-    @property
-    def num_logits(self) -> int:
-        """Rows of logits it gets: the root's if that is computed, and those of the tree nodes that are."""
-        return len(self) - max(self.num_done, len(self.known) - 1) if self.wants_logits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +82,37 @@ class Runs:
 
     def __len__(self) -> int:
         return len(self.num_known)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[S] nodes of each run, those done included."""
+        lengths: np.ndarray = self.num_known + self.num_nodes
+        return lengths
+
+    @property
+    def num_computed(self) -> np.ndarray:
+        """[S] nodes of each run that the pass computes."""
+        counts: np.ndarray = self.lengths - self.num_done
+        return counts
+
+    @property
+    def num_logits(self) -> np.ndarray:
+        """[S] rows of logits of each run: the root's if that is computed, and those of the tree nodes that are."""
+        counts: np.ndarray = self.wants_logits * (self.lengths - np.maximum(self.num_done, self.num_known - 1))
+        return counts
+
+    def taken(self, order: np.ndarray) -> "Runs":
+        """These runs in another order, [S] integers."""
+
+        def parts(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            ends = np.cumsum(counts)
+            return np.concatenate([values[ends[i] - counts[i] : ends[i]] for i in order])
+
+        return Runs(
+            *(parts(self.known, self.num_known), parts(self.tokens, self.num_nodes)),
+            *(parts(self.parents, self.num_nodes), self.num_known[order], self.num_nodes[order]),
+            *(self.num_done[order], self.cached[order], self.wants_logits[order], self.block_table[order]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +166,15 @@ class PackedRow:
         self.scratch: dict[object, object] = {}
 
 
-def order_runs(runs: Sequence[Run], long_chain: int) -> tuple[list[int], int]:
-    """Order in which runs are packed: short ones first. Returns indices and the number of short runs."""
-    long = [i for i, run in enumerate(runs) if len(run) >= long_chain and len(run.tree) == 0]
-    chosen = set(long)
-    short = [i for i in range(len(runs)) if i not in chosen]
-    return short + long, len(short)
+def short_first(runs: Runs) -> tuple[Runs, np.ndarray | None, int]:
+    """Long chains behind all others; the place that each of the runs had before, None if that is so already, and how
+    many are short."""
+    is_long = (runs.num_known >= LONG_CHAIN) & (runs.num_nodes == 0)
+    num_short = len(runs) - int(np.count_nonzero(is_long))
+    if not is_long[:num_short].any():
+        return runs, None, num_short
+    order = np.argsort(is_long, kind="stable")
+    return runs.taken(order), order, num_short
 
 
 def pack(runs: Runs, num_short: int, page_size: int) -> Packed:

@@ -10,7 +10,7 @@ MOST_SPANS = 200_000  # about 30,000 rounds, 20 MB
 
 
 class Phases:
-    """Times phases; they do not nest.
+    """Times phases; what one within another takes is not the outer one's.
 
     Attributes:
         seconds: total by phase.
@@ -21,6 +21,7 @@ class Phases:
         self._clock = clock
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.spans: deque[tuple[str, float, float]] | None = None
+        self._inner = 0.0  # seconds of phases within the present one
 
     def keep_spans(self, most: int = MOST_SPANS) -> None:
         """Keeps the newest `most` spans from now on."""
@@ -36,11 +37,13 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        begin = self._clock()
+        begin, inner_before = self._clock(), self._inner
+        self._inner = 0.0
         try:
             yield
         finally:
             duration = self._clock() - begin
-            self.seconds[name] += duration
+            self.seconds[name] += duration - self._inner
+            self._inner = inner_before + duration
             if self.spans is not None:
                 self.spans.append((name, begin, duration))

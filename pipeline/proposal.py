@@ -118,11 +118,6 @@ class Retriever(Protocol):
         """Whether `lookup` would answer without waiting for another process."""
         ...
 
-    @property
-    def takes_long(self) -> bool:
-        """Whether `lookup` is better made while a draft model works beside this process than before it begins."""
-        ...
-
     def send(self, views: Sequence[SlotView]) -> None:
         """Starts what takes time, so that it goes on while the drafter works; `lookup` with the same views follows."""
         ...

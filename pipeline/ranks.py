@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from pipeline.errors import ModelError
-from pipeline.packing import Run
+from pipeline.packing import Runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +53,7 @@ class Build:
 class Pass:
     """Run a pass."""
 
-    runs: list[Run]
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True)

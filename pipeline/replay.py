@@ -24,7 +24,7 @@ from pipeline.draft_forest import GrowingForest
 from pipeline.economy import Economy
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import InputError
-from pipeline.growth import DraftOptions, levels
+from pipeline.growth import DraftOptions, grow_levels
 from pipeline.methods import Method, build
 from pipeline.pace import Pace
 from pipeline.proposal import Draft, SlotView
@@ -32,6 +32,7 @@ from pipeline.request import Request, SamplingParams
 from pipeline.sampling import Choices
 from pipeline.scheduler import Work
 from pipeline.search import Searcher
+from pipeline.slots import Slot
 from pipeline.target import Forward, Target
 from pipeline.tree import TokenTree, places_in
 
@@ -212,9 +213,12 @@ class RecordedDrafter:
             for view in views
         ]
         forest = GrowingForest(depths, options.width, options.branches)
-        for _ in levels(forest, pace, self._clock):
+
+        def launch(level: int) -> Callable[[], None]:
             self._clock.now += costs.level_fixed + costs.level_row * len(forest.frontier)
-            forest.grow(*candidates(recording, views, forest))
+            return lambda: forest.grow(*candidates(recording, views, forest))
+
+        grow_levels(forest, pace, launch, self._clock)
         return Draft(forest.likeliest(options.num_nodes))
 
 
@@ -309,26 +313,26 @@ class ReplayEngine(Engine):
         """See `Recording.requests`."""
         return self._recording.requests(passages)
 
-    def _verify(self, work: Sequence[Work]) -> tuple[Forward, Choices]:
+    def _verify(self, work: Work) -> tuple[Forward, Choices]:
         self._scheduler.take_copies()
         if self._lesson is not None:
             self._lesson()
         begins: list[int] = []
         choices: list[int] = []
-        for item in work:
-            begins.append(len(choices) if item.run.wants_logits else -1)
-            if item.run.wants_logits:
-                choices += self._said(item)
-        rows = sum(len(item.run) for item in work if len(item.run.known) == 1)  # prefill costs every method the same
+        for slot, tree, wants_logits in zip(work.slots, work.trees, work.runs.wants_logits.tolist(), strict=True):
+            begins.append(len(choices) if wants_logits else -1)
+            if wants_logits:
+                choices += self._said(slot, tree)
+        rows = work.num_rows - work.num_prefill  # prefill costs every method the same
         if rows:
             self.clock.now += float(self._true_times(np.array([rows]))[0])
-        return Forward(torch.empty(0), begins), Choices(np.array(choices, np.int64), None)
+        return Forward(torch.empty(0), np.array(begins, np.int64)), Choices(np.array(choices, np.int64), None)
 
-    def _said(self, item: Work) -> list[int]:
+    def _said(self, slot: Slot, tree: TokenTree) -> list[int]:
         """The target's choice after the root and after each node."""
-        slot = item.slot
-        said = choices_along(item.run.tree, self._recording.outputs[slot.request.request_id][slot.num_output :])
+        said = choices_along(tree, self._recording.outputs[slot.request.request_id][slot.num_output :])
         if slot.num_output and self._on_round is not None:
             along = np.array([token for token in said if token >= 0])
-            self._on_round(self._proposed[self._places[slot.number]], item.run.tree, along, slot.request.params)
+            proposed = self._proposed[self._numbers.index(slot.number)]
+            self._on_round(proposed, tree, along, slot.request.params)
         return said

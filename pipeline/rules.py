@@ -49,7 +49,7 @@ class Rule:
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         """How far the draft model goes this round, of which not all may be retrieved yet."""
-        return FullPace()
+        return FullPace(meanwhile=retrieval.poll)
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         """The tree of each view."""
@@ -75,7 +75,7 @@ class FixedPruning(Rule):
     probability: float = 0.05
 
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
-        return FullPace(reads_root=True)
+        return FullPace(reads_root=True, meanwhile=retrieval.poll)
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         if draft.root_logprobs is not None:
@@ -144,7 +144,7 @@ class Calibrated(Rule):
     def pace(self, views: Sequence[SlotView], retrieval: Retrieval) -> Pace:
         self._is_sampled = np.array([not view.params.is_greedy for view in views], np.bool_)
         if self._economy is None:
-            return FullPace()
+            return FullPace(meanwhile=retrieval.poll)
 
         def newly_found() -> Forest | None:
             if not retrieval.poll():
@@ -160,18 +160,17 @@ class Calibrated(Rule):
 
     def join(self, views: Sequence[SlotView], draft: Draft, retrieved: Forest) -> Forest:
         trees = self._scored(Rule.join(self, views, draft, retrieved))
-        if self._economy is not None and self._pace is not None:
-            if retrieved is not self._found and self._pace.num_expanded.any():
-                self._pace.learn(self._scored(retrieved))
-            self._economy.observe_trees(trees, self._pace.num_expanded)
-            self._economy.observe_levels(self._pace.gains, self._pace.nets)
+        if self._pace is not None and retrieved is not self._found and self._pace.num_expanded.any():
+            self._pace.learn(self._scored(retrieved))
         return trees
 
     def lesson(self) -> Lesson:
-        pace, is_sampled = self._pace, self._is_sampled
+        economy, pace, is_sampled = self._economy, self._pace, self._is_sampled
 
         def learn(trees: Forest, outcome: Outcome) -> None:
-            if pace is not None:
+            if economy is not None and pace is not None:
+                economy.observe_trees(trees, pace.num_expanded)
+                economy.observe_levels(pace.gains, pace.nets)
                 pace.observe(trees, outcome)
             self._calibration.observe(trees, outcome, is_sampled)
 

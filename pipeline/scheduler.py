@@ -10,21 +10,41 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.packing import Run
-from pipeline.pages import ChainKey, PagePool
+from pipeline.forest import Forest
+from pipeline.packing import LONG_CHAIN, Runs
+from pipeline.pages import ChainKey, PagePool, block_table
 from pipeline.proposal import Drafter, NullDrafter, Retriever
 from pipeline.slots import Slot
-from pipeline.tree import EMPTY_TREE, TokenTree, prune
 
 MIN_CHUNK = 32  # prefill tokens a round below which `Scheduler.halve` does not go
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One slot's part of a round."""
+    """A round's part of S slots, side by side: those that decode, then chunks of prompts, long ones last.
 
-    slot: Slot
-    run: Run
+    Attributes:
+        slots: [S].
+        trees: [S] what is verified below the root of each; nothing in prefill.
+        runs: [S] what the pass computes of each.
+    """
+
+    slots: Sequence[Slot]
+    trees: Forest
+    runs: Runs
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the round's pass."""
+        return int(self.runs.lengths.sum())
+
+    @property
+    def num_prefill(self) -> int:
+        """How many of them belong to slots in prefill."""
+        return int(self.runs.num_known[self.runs.num_known > 1].sum())
 
 
 class Scheduler:
@@ -69,6 +89,11 @@ class Scheduler:
         """Slots with a request, by admission order, oldest first."""
         return list(self._active)
 
+    @property
+    def num_under_way(self) -> int:
+        """Requests in slots once `admit` has let in as many as there are slots for."""
+        return len(self._active) + min(len(self._waiting), len(self._free))
+
     def submit(self, slot: Slot) -> None:
         """Queues a new request."""
         self._waiting.append(slot)
@@ -101,13 +126,60 @@ class Scheduler:
         """Prompt tokens that this round's chunks will hold, if none of them can be shared."""
         return min(self._prefill_chunk, sum(slot.num_pending for slot in self._active if not slot.is_decoding))
 
-    def plan(self, trees: dict[int, TokenTree]) -> list[Work]:
-        """The round's runs: a root and its tree for decoding slots (by slot number), chunks for the others."""
-        work = self._decode_work(trees)
+    def plan(self, numbers: Sequence[int], trees: Forest) -> Work:
+        """The round's runs: a root and its tree for decoding slots, chunks for the others.
+
+        Args:
+            trees: of the slots with these numbers; others that decode bring their root alone.
+        """
+        decoding, own = self._decode(numbers, trees)
+        chunks = self._chunks()
+        if not decoding and not chunks and self._active:
+            self._requeue(self._active[-1])  # every slot waits for pages: the youngest gives its own
+            return self.plan(numbers, trees)
+        chunks.sort(key=lambda chunk: len(chunk[1]) >= LONG_CHAIN)
+        slots, known = [*decoding, *(slot for slot, _ in chunks)], [tokens for _, tokens in chunks]
+        num_known = np.array([1] * len(decoding) + [len(tokens) for tokens in known], np.int64)
+        own = own.followed_by_empty(len(chunks))
+        cached = np.array([slot.cached for slot in slots], np.int32)
+        runs = Runs(
+            known=np.concatenate([np.array([slot.tokens[slot.cached] for slot in decoding], np.int32), *known]),
+            tokens=own.tokens,
+            parents=own.parents,
+            num_known=num_known,
+            num_nodes=np.diff(own.begins),
+            num_done=np.zeros(len(slots), np.int32),
+            cached=cached,
+            wants_logits=cached + num_known == [slot.length for slot in slots],
+            block_table=block_table([slot.pages for slot in slots]),
+        )
+        return Work(slots, own, runs)
+
+    def _decode(self, numbers: Sequence[int], trees: Forest) -> tuple[list[Slot], Forest]:
+        """The slots that decode, and their trees, for which there are pages then."""
+        pool, places = self.pool, {number: place for place, number in enumerate(numbers)}
+        for slot in [slot for slot in self._active if slot.is_decoding]:  # roots first: trees take what is left
+            while slot.number >= 0 and not pool.grow(slot.pages, slot.cached + 1):
+                self._requeue(self._active[-1])
+        decoding = [slot for slot in self._active if slot.is_decoding]
+        own = trees.taken([places.get(slot.number, -1) for slot in decoding])
+        keep: np.ndarray | None = None
+        for slot, begin, end in zip(decoding, own.begins[:-1].tolist(), own.begins[1:].tolist(), strict=True):
+            if not pool.grow(slot.pages, slot.cached + 1 + end - begin):
+                # Nodes come parents first, so those that find no room can go.
+                room = (len(slot.pages.pages) + pool.num_idle) * pool.page_size - slot.cached - 1
+                keep = np.ones(own.num_nodes, np.bool_) if keep is None else keep
+                keep[begin + room : end] = False
+                pool.grow(slot.pages, slot.cached + 1 + room)
+        return decoding, own if keep is None else own.pruned(keep)
+
+    def _chunks(self) -> list[tuple[Slot, np.ndarray]]:
+        """The known tokens that each slot in prefill computes next."""
+        chunks: list[tuple[Slot, np.ndarray]] = []
         chunk_left = self._prefill_chunk
         computing: set[ChainKey] = set()
-        for slot in list(self._active):
-            if slot.is_decoding or slot.number < 0 or chunk_left <= 0:
+        for slot in self._active:
+            if slot.is_decoding or chunk_left <= 0:
                 continue
             slot.cached = self.pool.share(slot.pages, slot.known, slot.cached)
             key = self.pool.next_key(slot.pages, slot.known)
@@ -122,30 +194,8 @@ class Scheduler:
             if key is not None:
                 computing.add(key)
             chunk_left -= size
-            known = slot.known[slot.cached : slot.cached + size]
-            work.append(Work(slot, Run(known, EMPTY_TREE, slot.cached, slot.pages, size == slot.num_pending)))
-        if not work and self._active:
-            self._requeue(self._active[-1])  # every slot waits for pages: the youngest gives its own
-            return self.plan(trees)
-        return work
-
-    def _decode_work(self, trees: dict[int, TokenTree]) -> list[Work]:
-        for slot in [slot for slot in self._active if slot.is_decoding]:  # roots first: trees take what is left
-            while slot.number >= 0 and not self.pool.grow(slot.pages, slot.cached + 1):
-                self._requeue(self._active[-1])
-        work: list[Work] = []
-        for slot in [slot for slot in self._active if slot.is_decoding]:
-            tree = trees.get(slot.number, EMPTY_TREE)
-            if not self.pool.grow(slot.pages, slot.cached + 1 + len(tree)):
-                tree = self._shrink(slot, tree)
-                self.pool.grow(slot.pages, slot.cached + 1 + len(tree))
-            work.append(Work(slot, Run(slot.known[slot.cached :], tree, slot.cached, slot.pages, True)))
-        return work
-
-    def _shrink(self, slot: Slot, tree: TokenTree) -> TokenTree:
-        """The first nodes of a tree that the remaining pages hold; nodes come parents first, so the rest can go."""
-        room = (len(slot.pages.pages) + self.pool.num_idle) * self.pool.page_size - slot.cached - 1
-        return prune(tree, np.arange(len(tree)) < room)
+            chunks.append((slot, slot.known[slot.cached : slot.cached + size]))
+        return chunks
 
     def _borrow(self, slot: Slot) -> None:
         """Copies what another page has in common with the slot's next one, if that is worth it."""
@@ -207,9 +257,3 @@ class Scheduler:
     def _evict_pages(self, slot: Slot) -> None:
         self.pool.release(slot.pages)
         slot.cached = 0
-
-
-def num_rows_of(work: Sequence[Work]) -> tuple[int, int]:
-    """Rows of a round's pass, and how many of them belong to slots in prefill."""
-    prefill = sum(len(item.run) for item in work if len(item.run.known) > 1)
-    return sum(len(item.run) for item in work), prefill

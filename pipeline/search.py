@@ -64,10 +64,6 @@ class SearchRetriever:
     def is_ready(self) -> bool:
         return all(searcher.is_ready for searcher in self._searchers)
 
-    @property
-    def takes_long(self) -> bool:
-        return True
-
     def lookup(self, views: Sequence[SlotView]) -> Forest:
         found = [self._trees(source, lookup) for source, lookup in self._receive()] if views else []
         return fuse_forests(found) if found else Forest.empty(len(views))

@@ -1,7 +1,5 @@
 """A slot: one request in the engine, its known tokens, its place in the KV cache and its counters."""
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +37,7 @@ class Slot:
     logprobs: list[float] = field(default_factory=list)
     rounds: int = 0
     drafted: int = 0
-    accepted: Counter[str] = field(default_factory=Counter)
+    accepted: np.ndarray = field(default_factory=lambda: np.zeros(len(SOURCES), np.int64))  # by source
     rounds_without_draft: int = 0
     num_requeues: int = 0
     finish_reason: FinishReason | None = None
@@ -75,16 +73,23 @@ class Slot:
     def is_decoding(self) -> bool:
         return self.num_pending == 1
 
-    def extend(self, tokens: np.ndarray, logprobs: np.ndarray | None) -> None:
-        """Adds output tokens, [n] integers, up to the first that ends the output."""
-        while self.length + len(tokens) > len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
+    def extend(self, tokens: np.ndarray, logprobs: np.ndarray | None, *, has_eos: bool = True) -> int:
+        """Adds output tokens, [n] integers, up to the first that ends the output; returns how many.
+
+        Args:
+            has_eos: whether one of them may be an end-of-sequence token.
+        """
         begin, end = self.length, self.length + len(tokens)
+        while end > len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty_like(self.tokens)])
         self.tokens[begin:end] = tokens
-        num_new, self.finish_reason = self.stop(self.tokens[len(self.request.prompt_ids) : end], len(tokens))
+        num_new, num_prompt = len(tokens), len(self.request.prompt_ids)
+        if has_eos or self.stop.has_own or end - num_prompt >= self.stop.max_new_tokens:
+            num_new, self.finish_reason = self.stop(self.tokens[num_prompt:end], num_new)
         self.length = begin + num_new
         if logprobs is not None:
             self.logprobs += logprobs[:num_new].tolist()
+        return num_new
 
     def view(self) -> SlotView:
         """What proposers may know of it in this round."""
@@ -108,18 +113,17 @@ class Slot:
         keys = [position_key(self.request.seed, self.length + depth) for depth in range(max(depths) + 1)]
         return [ChoiceRow(params, keys[depth], row) for depth, row in zip(depths, seen, strict=True)]
 
-    def count_round(self, num_nodes: int, sources: Sequence[int]) -> None:
+    def count_round(self, num_nodes: int, accepted: np.ndarray) -> None:
         """Books one verification round.
 
         Args:
             num_nodes: of the tree.
-            sources: who was surest of each accepted node that stayed in the output, index into `SOURCES`.
+            accepted: [len(SOURCES)] by who was surest of them, the accepted nodes that stayed in the output.
         """
         self.rounds += 1
         self.drafted += num_nodes
         self.rounds_without_draft += num_nodes == 0
-        for source in sources:
-            self.accepted[SOURCES[source]] += 1
+        self.accepted += accepted
 
     def generation(self) -> Generation:
         """The finished request."""
@@ -133,8 +137,8 @@ class Slot:
             num_prompt_tokens=len(self.request.prompt_ids),
             rounds=self.rounds,
             drafted=self.drafted,
-            accepted=sum(self.accepted.values()),
-            accepted_by_source=dict(self.accepted),
+            accepted=int(self.accepted.sum()),
+            accepted_by_source={SOURCES[i]: int(self.accepted[i]) for i in np.flatnonzero(self.accepted)},
             rounds_without_draft=self.rounds_without_draft,
             logprobs=tuple(self.logprobs),
             num_requeues=self.num_requeues,

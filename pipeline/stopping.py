@@ -22,12 +22,16 @@ class StopCheck:
 
     Stop strings are looked for in the decoded text, special tokens left out; a stop string may span any number of
     tokens.
+
+    Attributes:
+        has_own: whether more can end the output than an end-of-sequence token and its length.
     """
 
     def __init__(self, params: SamplingParams, max_new_tokens: int, eos_ids: Collection[int], decoder: Decoder) -> None:
         self._params = params
         self.max_new_tokens = max_new_tokens
         self._stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+        self.has_own = bool(params.stop_token_ids or params.stop)
         self._decoder = decoder
         self._longest_stop = max((len(stop.encode()) for stop in params.stop), default=0)  # a token is at least a byte
 

@@ -5,7 +5,7 @@ function reads them. What the model cannot be is checked once, at load.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pipeline import graphs
-from pipeline.attention import IMPLEMENTATION, LONG_CHAIN, AttentionContext, can_be_static
+from pipeline.attention import IMPLEMENTATION, AttentionContext, can_be_static
 from pipeline.errors import ModelError
 from pipeline.features import FeatureTap
 from pipeline.kv_cache import KVShape, PagedCache
-from pipeline.packing import PackedRow, Run, Runs, order_runs, pack
+from pipeline.packing import PackedRow, Runs, pack, short_first
 from pipeline.ranks import Build, Move, Pass, Ranks
 from pipeline.static_pass import Outputs, StaticPasses
 
@@ -31,15 +31,15 @@ class Forward:
 
     Attributes:
         logits: [M, V], rows of each run contiguous: the root's, then its tree nodes', those done before left out.
-        begin: for each run in the order given, its first row in `logits`; -1 for runs that wanted none.
+        begin: [S] int64 for each run in the order given, its first row in `logits`; -1 for runs that wanted none.
         states: [T, 3 H] hidden states of all nodes, run by run, if a drafter reads them.
-        state_begin: for each run in the order given, its first row in `states`.
+        state_begin: [S] int64 for each run in the order given, its first row in `states`.
     """
 
     logits: torch.Tensor
-    begin: list[int]
+    begin: np.ndarray
     states: torch.Tensor | None = None
-    state_begin: Sequence[int] = ()
+    state_begin: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class Target:
@@ -92,21 +92,16 @@ class Target:
             self._passes.reset()
 
     @torch.inference_mode()
-    def forward(self, runs: list[Run]) -> Forward:
+    def forward(self, runs: Runs) -> Forward:
         """One forward pass over all runs. Their keys and values are in the cache afterwards, accepted or not."""
         self._tell(Pass(runs))
-        order, num_short = order_runs(runs, LONG_CHAIN)
-        packed = [runs[i] for i in order]
-        logits, states = self._run(packed, num_short)
-        begin, state_begin = [-1] * len(runs), [0] * len(runs)
-        next_row, next_state = 0, 0
-        for i in order:
-            state_begin[i] = next_state
-            next_state += len(runs[i]) - runs[i].num_done
-            if runs[i].wants_logits:
-                begin[i] = next_row
-                next_row += runs[i].num_logits
-        return Forward(logits, begin, states, state_begin)
+        ordered, order, num_short = short_first(runs)
+        logits, states = self._run(ordered, num_short)
+        begins = _begins(ordered.num_logits), _begins(ordered.num_computed)
+        if order is not None:
+            for each in begins:
+                each[order] = each.copy()
+        return Forward(logits, np.where(runs.wants_logits, begins[0], -1), states, begins[1])
 
     def move(self, source: np.ndarray, target: np.ndarray) -> None:
         """Copies tokens within the cache, pool token indices [n] -> [n] int64; all are read before any is written."""
@@ -117,10 +112,9 @@ class Target:
         if self._ranks is not None:
             self._ranks.tell(order)
 
-    def _run(self, runs: Sequence[Run], num_short: int) -> Outputs:
+    def _run(self, runs: Runs, num_short: int) -> Outputs:
         """Logits, and states if they are read, of runs in order."""
-        page_size = self.cache.page_size
-        packed = pack(Runs.of(runs, page_size), num_short, page_size)
+        packed = pack(runs, num_short, self.cache.page_size)
         if self._passes is not None:
             outputs = self._passes.run(packed)
             if outputs is not None:
@@ -138,6 +132,12 @@ class Target:
         )
         states = None if self.tap is None else self.tap.take()[0].to(self.device)
         return output.logits[0].to(self.device), states
+
+
+def _begins(counts: np.ndarray) -> np.ndarray:
+    """[S] where each of parts of these sizes begins."""
+    begins: np.ndarray = np.cumsum(counts) - counts
+    return begins
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:

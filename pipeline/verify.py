@@ -7,7 +7,6 @@ at all, which is why the output is the target's own for any drafter.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numba import njit
@@ -34,34 +33,41 @@ class Outcome:
         parts = [np.empty(0, np.int64), *choices]
         return Outcome(np.concatenate(parts).astype(np.int64), np.cumsum([len(part) for part in parts], dtype=np.int64))
 
+    def taken(self, order: Sequence[int]) -> "Outcome":
+        """The same of other trees: each one's number among these, or -1 if it was not verified."""
+        if list(order) == list(range(len(order))):
+            return Outcome(self.choices, self.begins[: len(order) + 1])
+        none = self.choices[:0]
+        return Outcome.of([self.choices[self.begins[i] : self.begins[i + 1]] if i >= 0 else none for i in order])
+
 
 @dataclass(frozen=True, slots=True)
-class Walk:
-    """What verification accepted of one tree.
+class Walks:
+    """What verification accepted of B trees, side by side.
 
     Attributes:
-        nodes: [A] int32 numbered within it.
-        tokens: [A + 1] int64 the choices along them, the bonus last.
-        sources: [A] who was surest of each node, index into `SOURCES`.
+        nodes: [A] int32 the accepted nodes of all trees, numbered within each.
+        begins: [B + 1] int64 where each tree's begin.
+        sources: [A] int8 who was surest of each node, index into `SOURCES`.
+        outcome: the choices along them; none of a tree that was not verified.
     """
 
     nodes: np.ndarray
-    tokens: np.ndarray
-    sources: Sequence[int]
+    begins: np.ndarray
+    sources: np.ndarray
+    outcome: Outcome
 
 
-def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> list[Walk]:
+def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> Walks:
     """Walks each of B trees.
 
     Args:
         choices: [M] int64 of all logits rows.
-        rows: [B] int64 the row of each tree's root; those of its nodes follow.
+        rows: [B] int64 the row of each tree's root, those of its nodes follow; -1 for a tree that is not verified.
     """
-    accepted, begins, along = _walks(trees.tokens, trees.parents, trees.begins, choices, rows)
+    accepted, begins, along, along_begins = _walks(trees.tokens, trees.parents, trees.begins, choices, rows)
     among_all = accepted + np.repeat(trees.begins[:-1], np.diff(begins))
-    sources = surest_sources(trees.evidence[among_all]).tolist()
-    spans = enumerate(pairwise(begins.tolist()))
-    return [Walk(accepted[a:z], along[a + tree : z + tree + 1], sources[a:z]) for tree, (a, z) in spans]
+    return Walks(accepted, begins, surest_sources(trees.evidence[among_all]), Outcome(along, along_begins))
 
 
 @njit(cache=True, nogil=True)
@@ -90,19 +96,23 @@ def walk(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> np.nda
 @njit(cache=True, nogil=True)
 def _walks(
     tokens: np.ndarray, parents: np.ndarray, begins: np.ndarray, choices: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Accepted nodes of all trees, where each tree's begin, [B + 1], and the choices along them with the bonus."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Accepted nodes of all trees, where each tree's begin, [B + 1]; the choices along them with the bonus, and where
+    each tree's begin, [B + 1]."""
     num_trees = len(rows)
     accepted, ends = np.empty(len(tokens), np.int32), np.zeros(num_trees + 1, np.int64)
-    along = np.empty(len(tokens) + num_trees, np.int64)
-    at = 0
+    along, along_ends = np.empty(len(tokens) + num_trees, np.int64), np.zeros(num_trees + 1, np.int64)
+    at, at_along = 0, 0
     for tree in range(num_trees):
-        own = slice(begins[tree], begins[tree + 1])
-        path = walk(tokens[own], parents[own], choices[rows[tree] : rows[tree] + 1 + own.stop - own.start])
-        along[at + tree] = choices[rows[tree]]
-        for node in path:
-            accepted[at] = node
-            at += 1
-            along[at + tree] = choices[rows[tree] + 1 + node]
-        ends[tree + 1] = at
-    return accepted[:at], ends, along[: at + num_trees]
+        if rows[tree] >= 0:
+            own = slice(begins[tree], begins[tree + 1])
+            path = walk(tokens[own], parents[own], choices[rows[tree] : rows[tree] + 1 + own.stop - own.start])
+            along[at_along] = choices[rows[tree]]
+            at_along += 1
+            for node in path:
+                accepted[at] = node
+                along[at_along] = choices[rows[tree] + 1 + node]
+                at += 1
+                at_along += 1
+        ends[tree + 1], along_ends[tree + 1] = at, at_along
+    return accepted[:at], ends, along[:at_along], along_ends

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.assemble import EngineOptions, build_engine, measure_step_times
 from pipeline.methods import METHODS
-from pipeline.packing import Run
+from pipeline.packing import Runs
 from pipeline.target import Forward, Target, kv_shape
 from tests.models import tiny_model
 from tests.pipeline.test_engine_architectures import NoText
@@ -26,8 +26,8 @@ def test_there_are_as_many_slots_as_kv_memory_has_room_for(room: int, slots: int
 class Starved(Target):
     most_rows = 1 << 30
 
-    def forward(self, runs: list[Run]) -> Forward:
-        if sum(len(run) for run in runs) > self.most_rows:
+    def forward(self, runs: Runs) -> Forward:
+        if runs.lengths.sum() > self.most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return super().forward(runs)
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.keeping import followed, kept_of
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PageRun
 from pipeline.request import Request, SamplingParams
 from pipeline.slots import Slot
@@ -37,9 +37,10 @@ def test_kept_tokens_lie_behind_one_another(some: list[tuple[int, int, TokenTree
         slots.append(slot)
         runs.append(Run(tokens[cached : cached + num_known], tree, cached, pages, True))
         accepted.append(np.flatnonzero(random.random(len(tree)) < 0.4).astype(np.int32))
-    kept = kept_of(runs, accepted, PAGE)
+    begins = np.cumsum([0, *map(len, accepted)])
+    kept = kept_of(Runs.of(runs, PAGE), np.concatenate(accepted), begins, PAGE)
     state_begin = random.permutation(len(runs)) * 50
-    committed, rows = followed(slots, runs, kept, state_begin.tolist())
+    committed, rows = followed(slots, kept, state_begin)
 
     moves, told = [], []
     for i, (run, nodes) in enumerate(zip(runs, accepted, strict=True)):
@@ -48,6 +49,7 @@ def test_kept_tokens_lie_behind_one_another(some: list[tuple[int, int, TokenTree
         own = slice(kept.begins[i], kept.begins[i + 1])
         positions = [run.cached + place for place in range(len(in_run))]
         assert kept.rows[own].tolist() == in_run
+        assert kept.tokens[own].tolist() == [*run.known.tolist(), *run.tree.tokens[nodes].tolist()]
         assert kept.positions[own].tolist() == positions
         assert kept.places[own].tolist() == [pool[position] for position in positions]
         moves += [
@@ -57,8 +59,8 @@ def test_kept_tokens_lie_behind_one_another(some: list[tuple[int, int, TokenTree
         ]
         if slots[i].is_followed:
             told += [
-                (i, int(slots[i].known[position]), position, pool[position], int(state_begin[i]) + row)
-                for row, position in zip(in_run, positions, strict=True)
+                (i, int(kept.tokens[own][place]), position, pool[position], int(state_begin[i]) + row)
+                for place, (row, position) in enumerate(zip(in_run, positions, strict=True))
             ]
     assert list(zip(kept.sources.tolist(), kept.targets.tolist(), strict=True)) == moves
     owners = np.repeat(np.array(committed.slots, np.int64), np.diff(committed.begins))

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.head_files import load_head, save_head
 from pipeline.methods import method_named
 from pipeline.models import load_causal_lm, resolve_model
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
 from pipeline.pages import PageRun
 from pipeline.ranks import End, Gather, Ranks, check_shares, host_store, sharing_device
 from pipeline.request import Generation, Request, SamplingParams
@@ -116,26 +116,26 @@ def test_outputs_are_those_of_the_whole_model(architecture: str, is_static: bool
 
 def test_each_process_has_its_heads_and_all_logits_are_those_of_the_whole_model(tmp_path: Path) -> None:
     saved("llama", tmp_path)
-    run = Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)
+    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)], 16)
     whole = Target(tiny_model("llama"), 4, 16)
-    expected = whole.forward([run]).logits
+    expected = whole.forward(runs).logits
     with shared(tmp_path, 2) as share:
         target = Target(share.model, 4, 16, ranks=share.ranks)
-        found = target.forward([run]).logits
+        found = target.forward(runs).logits
     assert (whole.cache.shape.num_kv_heads, target.cache.shape.num_kv_heads) == (2, 1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_leader_notices_that_a_follower_is_gone(tmp_path: Path) -> None:
     saved("llama", tmp_path)
-    run = Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)
+    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)], 16)
     with pytest.raises(RuntimeError), shared(tmp_path, 2) as share:
         target = Target(share.model, 4, 16, ranks=share.ranks)
-        target.forward([run])
+        target.forward(runs)
         share.followers[0].kill()
         share.followers[0].wait()
         for _ in range(3):
-            target.forward([run])
+            target.forward(runs)
 
 
 LEADER = """

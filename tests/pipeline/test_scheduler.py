@@ -16,6 +16,7 @@ from pipeline.acceptance import AcceptanceTable
 from pipeline.context import ContextRetriever
 from pipeline.engine import Engine, EngineConfig
 from pipeline.errors import RowError
+from pipeline.forest import Forest
 from pipeline.methods import Proposers
 from pipeline.pages import PagePool
 from pipeline.proposal import NullDrafter, Retriever, SlotView
@@ -137,6 +138,7 @@ def test_every_request_ends_once_with_plain_text_in_any_pool(data: st.DataObject
     )
     num_slots, chunk, budget = (data.draw(st.integers(1, high)) for high in (6, 16, 10))
     engine = engine_of(toy, retrievers, num_slots, chunk, budget, max_context)
+    engine.works_beside = data.draw(st.booleans())
     most_rounds = sum(len(item.prompt_ids) + item.params.max_new_tokens for item in requests)
     finished = run_all(engine, requests, 10 + 4 * most_rounds)
     assert_plain(toy, requests, finished, max_context)
@@ -147,19 +149,20 @@ def test_every_request_ends_once_with_plain_text_in_any_pool(data: st.DataObject
     assert_plain(toy, again, run_all(engine, again, 500), max_context)
 
 
-def drive(scheduler: Scheduler, toy: ToyTarget, trees: dict[int, TokenTree] | None = None) -> list[Work]:
-    """One round of plain decoding, as the engine does it."""
+def drive(scheduler: Scheduler, toy: ToyTarget, trees: dict[int, TokenTree] | None = None) -> Work:
+    """One round of plain decoding, as the engine does it; trees by slot number are planned for, and not walked."""
     scheduler.admit()
-    work = scheduler.plan(trees or {})
-    toy.forward([item.run for item in work])
-    for item in work:
-        item.slot.cached += len(item.run.known)
-        if item.run.wants_logits:
-            item.slot.extend(np.array([toy.next_token(item.slot.known.tolist())]), None)
-        scheduler.pool.publish(item.slot.pages, item.slot.known[: item.slot.cached])
-    for item in work:
-        if item.slot.finish_reason is not None:
-            scheduler.finish(item.slot)
+    work = scheduler.plan(list(trees or {}), Forest.of(list((trees or {}).values())))
+    toy.forward(work.runs)
+    chunks = zip(work.slots, work.runs.num_known.tolist(), work.runs.wants_logits.tolist(), strict=True)
+    for slot, num_known, wants_logits in chunks:
+        slot.cached += num_known
+        if wants_logits:
+            slot.extend(np.array([toy.next_token(slot.known.tolist())]), None)
+        scheduler.pool.publish(slot.pages, slot.known[: slot.cached])
+    for slot in work.slots:
+        if slot.finish_reason is not None:
+            scheduler.finish(slot)
     return work
 
 
@@ -169,8 +172,8 @@ def slots_of(*prompts: Sequence[int], length: int) -> list[Slot]:
     return [Slot.of(Request(i, tuple(prompt), params), stop) for i, prompt in enumerate(prompts)]
 
 
-def numbers(work: Sequence[Work]) -> list[int]:
-    return sorted(item.slot.request.request_id for item in work)
+def numbers(work: Work) -> list[int]:
+    return sorted(slot.request.request_id for slot in work.slots)
 
 
 def test_the_youngest_gives_way_and_comes_back_with_its_output() -> None:
@@ -187,7 +190,7 @@ def test_the_youngest_gives_way_and_comes_back_with_its_output() -> None:
         gone = [slot for slot in active if slot.number < 0 and slot.finish_reason is None]
         stayed = [slot.order for slot in active if slot.number >= 0]
         assert all(slot.order > max(stayed, default=-1) for slot in gone), "an older slot gave way"
-        ended += [item.slot.request.request_id for item in work if item.slot.finish_reason is not None]
+        ended += [slot.request.request_id for slot in work.slots if slot.finish_reason is not None]
         for slot in slots:
             assert slot.num_output >= outputs.get(slot.request.request_id, 0), "output was lost"
             outputs[slot.request.request_id] = slot.num_output
@@ -205,9 +208,9 @@ def test_a_tree_shrinks_before_anyone_gives_way() -> None:
         scheduler.submit(slot)
     drive(scheduler, toy)
     tree = TokenTree.of(list(range(9)), list(range(-1, 8)), "context")
-    work = scheduler.plan({slot.number: tree for slot in slots})
+    work = scheduler.plan([slot.number for slot in slots], Forest.of([tree] * 2))
     assert numbers(work) == [0, 1]
-    assert [len(item.run.tree) for item in work] == [1, 1]
+    assert [len(own) for own in work.trees] == work.runs.num_nodes.tolist() == [1, 1]
     assert all(slot.num_requeues == 0 for slot in slots)
 
 

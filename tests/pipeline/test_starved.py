@@ -2,13 +2,14 @@
 
 from collections.abc import Set as AbstractSet
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
-from pipeline.packing import Run
+from pipeline.packing import Runs
 from pipeline.target import Forward
 from tests.pipeline.test_scheduler import GuessingRetriever, assert_plain, engine_of, request, run_all
 from tests.pipeline.toys import ToyTarget
@@ -24,14 +25,14 @@ class StarvedTarget(ToyTarget):
         self._failing = failing
         self._calls = 0
 
-    def forward(self, runs: list[Run]) -> Forward:
+    def forward(self, runs: Runs) -> Forward:
         found = super().forward(runs)  # memory may end when all is written
-        self._call(sum(len(run) for run in runs) > self.most_rows)
+        self._call(runs.lengths.sum() > self.most_rows)
         return found
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def move(self, source: np.ndarray, target: np.ndarray) -> None:
         self._call(False)
-        super()._move(source, target)
+        super().move(source, target)
 
     def _call(self, fails: bool) -> None:
         self._calls += 1
@@ -51,6 +52,7 @@ def test_where_memory_ends_half_as_many_slots_go_on(data: st.DataObject) -> None
     requests = [request(i, [*template, *prompt], 12) for i, prompt in enumerate(prompts)]
     guesser = GuessingRetriever(toy, 3)
     engine = engine_of(toy, (guesser,), 16, 512, 7, 100)
+    engine.works_beside = data.draw(st.booleans())
     assert_plain(toy, requests, run_all(engine, requests, 2000), 100)
     assert engine._scheduler.num_slots == max(16 >> toy.num_failures, 1)
     assert engine._scheduler.pool.num_idle == 60

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.attention import AttentionContext, rasd_attention
 from pipeline.kv_cache import KVShape, PagedCache
-from pipeline.packing import PackedRow, Run, Runs, order_runs, pack
+from pipeline.packing import PackedRow, Run, Runs, pack, short_first
 from pipeline.pages import PageRun
 from pipeline.tiles import attend_by_tile, rows_per_tile, tiles_of, tiles_on
 from pipeline.tree import EMPTY_TREE
@@ -45,8 +45,8 @@ class Layer(torch.nn.Module):
 
 def packed(runs: list[Run], heads: int, kv: int, dim: int, seed: int) -> tuple[PackedRow, PagedCache, torch.Tensor]:
     """The packed row, a cache of random numbers, and random queries [C, H, D]."""
-    order, num_short = order_runs(runs, 24)
-    row = PackedRow(pack(Runs.of([runs[i] for i in order], PAGE), num_short, PAGE), CPU)
+    ordered, _, num_short = short_first(Runs.of(runs, PAGE))
+    row = PackedRow(pack(ordered, num_short, PAGE), CPU)
     draws = torch.Generator().manual_seed(seed)
     cache = PagedCache(KVShape(1, kv, dim, torch.float32), sum(len(run.pages.pages) for run in runs), PAGE, CPU)
     for pool in (*cache.keys, *cache.values):
@@ -96,9 +96,8 @@ def test_the_kernel_equals_sdpa(
 @settings(deadline=None)
 @given(rows(), st.integers(1, 12))
 def test_tiles_hold_every_computed_row_once(runs: list[Run], num_rows: int) -> None:
-    order, num_short = order_runs(runs, 24)
-    ordered = [runs[i] for i in order]
-    tiles = tiles_of(pack(Runs.of(ordered, PAGE), num_short, PAGE), num_rows)
+    ordered, _, num_short = short_first(Runs.of(runs, PAGE))
+    tiles = tiles_of(pack(ordered, num_short, PAGE), num_rows)
     held = [row for tile in tiles.tolist() for row in range(tile[0], tile[0] + tile[1])]
     assert held == list(range(sum(len(run) - run.num_done for run in runs)))
     assert tiles[:, 1].max() <= num_rows and tiles[:, 1].min() > 0

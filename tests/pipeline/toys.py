@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from pipeline.packing import Run
+from pipeline.packing import Run, Runs
+from pipeline.pages import PageRun
 from pipeline.target import Forward
 from pipeline.tree import SOURCES, TokenTree
 
@@ -57,6 +58,24 @@ def path_of(tree: TokenTree, node: int) -> tuple[int, ...]:
     return tuple(reversed(tokens))
 
 
+def runs_of(columns: Runs, page_size: int) -> list[Run]:
+    """One by one, with the pages that each needs."""
+    runs: list[Run] = []
+    at_known, at_node = 0, 0
+    for i in range(len(columns)):
+        known = columns.known[at_known : at_known + columns.num_known[i]]
+        nodes = slice(at_node, at_node + columns.num_nodes[i])
+        at_known, at_node = at_known + len(known), nodes.stop
+        tree = TokenTree.of(columns.tokens[nodes].tolist(), columns.parents[nodes].tolist(), "draft")
+        cached = int(columns.cached[i])
+        num_pages = -(-(cached + len(known) + len(tree)) // page_size)
+        pages = PageRun(pages=columns.block_table[i, :num_pages].tolist())
+        wants_logits, num_done = bool(columns.wants_logits[i]), int(columns.num_done[i])
+        runs.append(Run(known, tree, cached, pages, wants_logits, num_done))
+    assert (at_known, at_node) == (len(columns.known), len(columns.tokens))
+    return runs
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What the toy keeps of one token in its cache: the whole prefix it was computed for, itself included."""
@@ -99,8 +118,9 @@ class ToyTarget:
             known.append(self.next_token(known))
         return known[len(prompt) :]
 
-    def forward(self, runs: list[Run]) -> Forward:
+    def forward(self, columns: Runs) -> Forward:
         """Checks what is cached, writes what is new and gives one-hot logits."""
+        runs = runs_of(columns, self.page_size)
         self.num_forwards += 1
         self.longest_prefill = max(self.longest_prefill, sum(len(run.known) for run in runs if len(run.known) > 1))
         logits: list[torch.Tensor] = []
@@ -114,7 +134,7 @@ class ToyTarget:
             self.num_computed += len(prefixes)
             if run.wants_logits:
                 logits += [self._one_hot(prefix) for prefix in prefixes[len(run.known) - 1 :]]
-        return Forward(torch.stack(logits) if logits else torch.empty(0, self.vocabulary), begin)
+        return Forward(torch.stack(logits) if logits else torch.empty(0, self.vocabulary), np.array(begin, np.int64))
 
     def _prefixes(self, run: Run) -> list[tuple[int, ...]]:
         """The prefix of each known token and tree node, after a check of the cached ones."""
