@@ -5,6 +5,7 @@ at the end the most likely nodes of all levels remain. Knows nothing of the draf
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
@@ -15,6 +16,26 @@ from pipeline.tree import SOURCES, TokenTree, places_in, renumbered
 _SOURCE = SOURCES.index("draft")
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a draft model sees of W trees: those of their nodes that it has expanded or is to expand next.
+
+    Attributes:
+        tokens, parents: [E] int32, tree by tree; the parents' numbers among the tree's; the newest last.
+        num_nodes: [W] int64 of each tree.
+        num_done: [W] int32 how many of its root and of these it has computed before.
+        places, above: [F] int64 of each node of the frontier its place in its tree, and its parent's: 0 the root's,
+            behind it these nodes'; -1 for what is before the root.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    num_nodes: np.ndarray
+    num_done: np.ndarray
+    places: np.ndarray
+    above: np.ndarray
+
+
 class GrowingForest:
     """B trees.
 
@@ -23,6 +44,7 @@ class GrowingForest:
         views: [W] int64 the trees that have nodes to be expanded next.
         begins: [W + 1] int64 where each one's part of the frontier begins.
         frontier: [F] int32 the nodes to be expanded next, numbered within their trees; -1 for the root.
+        frontier_views: [F] int64 the tree of each.
 
     Args:
         depths: [B] levels wanted of each tree; none where it is 0 or less.
@@ -45,11 +67,7 @@ class GrowingForest:
         self.views = np.flatnonzero(self._depths > 0)
         self.begins = np.arange(len(self.views) + 1)
         self.frontier = np.full(len(self.views), -1, np.int32)
-
-    @property
-    def frontier_views(self) -> np.ndarray:
-        """[F] int64 the tree of each node of the frontier."""
-        return np.repeat(self.views, np.diff(self.begins))
+        self.frontier_views = self.views
 
     @property
     def frontier_logprobs(self) -> np.ndarray:
@@ -65,6 +83,7 @@ class GrowingForest:
             self.views, self.begins, self.frontier = _narrow(
                 *(self.views, self.begins, self.frontier, keep, self._expanded, self._num_expanded)
             )
+            self.frontier_views = np.repeat(self.views, np.diff(self.begins))
 
     def grow(self, logprobs: np.ndarray, tokens: np.ndarray) -> None:
         """Adds the candidates of every node of the frontier and chooses the next one.
@@ -77,6 +96,7 @@ class GrowingForest:
             *(self._nodes, self._logprobs, self._counts, self._expanded, self._num_expanded, self._depths - self.level),
             *(self.views, self.begins, self.frontier, logprobs, tokens, self._width),
         )
+        self.frontier_views = np.repeat(self.views, np.diff(self.begins))
 
     def places_in(self, found: Forest) -> np.ndarray:
         """[F] int64 of each node of the frontier, the node of other trees of the same views with the same path.
@@ -89,23 +109,15 @@ class GrowingForest:
         )
         return places
 
-    def expanded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the draft model has to see of the trees of `views`: tokens and parents [E] int32, and how many of each
-        tree [W] int64. Those to be expanded next are the last of each."""
-        tokens, parents = _expanded_of(self._expanded, self._num_expanded, self.views)
-        return tokens, parents, self._num_expanded[self.views]
+    def seen(self) -> "Seen":
+        """What the draft model has to see for the next level."""
+        return Seen(*_seen(self._expanded, self._num_expanded, self.views, self.begins, self.frontier))
 
     def expanded_of(self, view: int) -> TokenTree:
         """The same of one tree. A view, until it grows again."""
         tokens, parents = self._expanded[view, :, : self._num_expanded[view]]
         nothing = np.zeros((2, len(tokens), len(SOURCES)), np.float32)
         return TokenTree(tokens, parents, nothing[0, :, 0], nothing[0], nothing[1].astype(np.int16))
-
-    def newest(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each node of the frontier its place among those that the draft model sees of its tree, and its parent's,
-        [F] int64: 0 the root's, behind it those that were expanded; -1 for what is before the root."""
-        places = _newest(self._expanded, self._num_expanded, self.views, self.begins, self.frontier)
-        return places[0], places[1]
 
     def tree(self, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All nodes of a tree so far: tokens and parents [N] int32, and the draft model's log-probabilities given the
@@ -240,31 +252,28 @@ def _places_in(
 
 
 @njit(cache=True, nogil=True)
-def _expanded_of(expanded: np.ndarray, num_expanded: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    size = 0
-    for tree in views:
-        size += num_expanded[tree]
-    tokens, parents = np.empty(size, np.int32), np.empty(size, np.int32)
-    size = 0
-    for tree in views:
-        end = size + num_expanded[tree]
-        tokens[size:end], parents[size:end] = expanded[tree, 0, : end - size], expanded[tree, 1, : end - size]
-        size = end
-    return tokens, parents
-
-
-@njit(cache=True, nogil=True)
-def _newest(
+def _seen(
     expanded: np.ndarray, num_expanded: np.ndarray, views: np.ndarray, begins: np.ndarray, frontier: np.ndarray
-) -> np.ndarray:
-    """[2, F] see `GrowingForest.newest`."""
-    places = np.empty((2, len(frontier)), np.int64)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The columns of `Seen`."""
+    num_nodes, num_done = num_expanded[views], np.empty(len(views), np.int32)
+    tokens, parents = np.empty(num_nodes.sum(), np.int32), np.empty(num_nodes.sum(), np.int32)
+    places, above = np.empty(len(frontier), np.int64), np.empty(len(frontier), np.int64)
+    first = 0
     for i in range(len(views)):
+        count = num_nodes[i]
+        tokens[first : first + count] = expanded[views[i], 0, :count]
+        parents[first : first + count] = expanded[views[i], 1, :count]
+        num_done[i] = 0
         for j in range(begins[i], begins[i + 1]):
-            place = num_expanded[views[i]] - (begins[i + 1] - j) if frontier[j] >= 0 else -1
-            places[0, j] = place + 1
-            places[1, j] = expanded[views[i], 1, place] + 1 if frontier[j] >= 0 else -1
-    return places
+            if frontier[j] < 0:
+                places[j], above[j] = 0, -1
+            else:
+                place = count - (begins[i + 1] - j)
+                places[j], above[j] = place + 1, parents[first + place] + 1
+                num_done[i] = 1 + count - (begins[i + 1] - begins[i])
+        first += count
+    return tokens, parents, num_nodes, num_done, places, above
 
 
 @njit(cache=True, nogil=True)

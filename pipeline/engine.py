@@ -104,6 +104,8 @@ class Engine:
         self._numbers: list[int] = []  # the slot of each of these trees
         self._rests = False  # whether this round does without speculation
         self._lesson: Callable[[], None] | None = None  # of the last round, not learned yet
+        self._pass_seconds: float | None = None  # of this round's pass, if that says anything of those to come
+        self._observation: Callable[[], None] | None = None  # what the last round took and brought, not noticed yet
         self._overhead = 0.0  # seconds of a round's commit, lately
         self._clock = clock
         self.phases = Phases(clock)
@@ -189,8 +191,8 @@ class Engine:
         with self.phases("commit"):
             emission = self._emit(work, forward, choices)
             finished = self._commit(emission, forward)
-        if Graphs.num_captures == num_captures:
-            self._observe_round(emission, self._clock() - begin)
+        seconds = self._clock() - begin if Graphs.num_captures == num_captures else None
+        self._observation = partial(self._observe, emission, self._pass_seconds, seconds)
         return finished
 
     def _settle_late(self) -> None:
@@ -202,6 +204,9 @@ class Engine:
         """Notes what the last round left to be noted, and lets requests in."""
         with self.phases("commit"):
             self._books.settle()
+            if self._observation is not None:
+                self._observation()
+            self._observation = None
             self._scheduler.admit()
 
     def _retreat(self, reason: str) -> list[Generation]:
@@ -246,12 +251,16 @@ class Engine:
         rows = self._scheduler.prefill_rows()
         return select(self._proposed, self._config.budget, self._times, rows, spent + self._overhead)
 
-    def _observe_round(self, emission: Emission, seconds: float) -> None:
-        """Learns what a round takes and brings, prefill left out."""
+    def _observe(self, emission: Emission, pass_seconds: float | None, seconds: float | None) -> None:
+        """Learns what a round's pass took, and what the round took and brought, prefill left out."""
         work = emission.work
         num_rows, num_prefill = work.num_rows, work.num_prefill
+        if self._times is None or num_prefill > _MOST_PREFILL * num_rows:
+            return
+        if pass_seconds is not None:
+            self._times.observe(num_rows, pass_seconds)
         num_slots = int(np.count_nonzero(work.runs.num_known == 1))
-        if self._times is not None and num_slots and num_prefill <= _MOST_PREFILL * num_rows:
+        if seconds is not None and num_slots:
             whole, own = self._times(np.array([num_rows, num_rows - num_prefill]))
             num_tokens, seconds = sum(emission.num_new), seconds * float(own / whole)
             self._rule.observe_round(num_slots, num_rows - num_prefill, num_tokens, seconds)
@@ -273,9 +282,7 @@ class Engine:
         if self._lesson is not None:
             self._lesson()
         choices = self._choose(work, forward)
-        is_usual = work.num_prefill <= _MOST_PREFILL * work.num_rows and Graphs.num_captures == num_captures
-        if self._times is not None and is_usual:
-            self._times.observe(work.num_rows, self._clock() - begin)
+        self._pass_seconds = self._clock() - begin if Graphs.num_captures == num_captures else None
         return forward, choices
 
     def _choose(self, work: Work, forward: Forward) -> Choices:

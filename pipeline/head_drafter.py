@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numba import njit
 
 from pipeline.draft_forest import GrowingForest
 from pipeline.growth import DraftOptions, Observer, grow, grow_levels, logprobs_at_roots, over_vocabulary
@@ -19,7 +20,7 @@ from pipeline.head_pass import HeadPasses, Outputs
 from pipeline.kv_cache import KVShape, PagedCache
 from pipeline.pace import Pace
 from pipeline.packing import Runs
-from pipeline.pages import PageRun, block_table
+from pipeline.pages import block_table
 from pipeline.proposal import Committed, Draft, SlotView
 
 
@@ -87,7 +88,8 @@ class HeadDrafter:
             for view in views
         ]
         forest = GrowingForest(depths, options.width, options.branches)
-        places = _Places(views, [self._pages(view) for view in views], self._num_slots, options.num_scratch)
+        scratch = (self._page_size, self._first_scratch, self._scratch_pages)
+        places = _Places(views, *scratch, self._num_slots, options.num_scratch)
         root_logprobs: torch.Tensor | None = None
 
         def launch(level: int) -> Callable[[], None]:
@@ -104,62 +106,89 @@ class HeadDrafter:
                 self.observer(views[index], *forest.tree(index))
         return Draft(forest.likeliest(options.num_nodes), root_logprobs)
 
-    def _pages(self, view: SlotView) -> PageRun:
-        """The pages of the tokens before the root, then the slot's scratch pages."""
-        full = (len(view.tokens) - 1) // self._page_size  # pages before the root's
-        held = view.pages.pages[: full + 1]
-        if (len(view.tokens) - 1) % self._page_size == 0:
-            held = held[:full]  # the root begins a page, which the slot may not have yet
-        first = self._first_scratch + view.slot * self._scratch_pages
-        return PageRun(pages=[*held, *range(first, first + self._scratch_pages)])
-
     def _level(self, views: Sequence[SlotView], forest: GrowingForest, places: "_Places") -> Outputs:
         """What `HeadPasses.run` gives for the frontier."""
-        return self._passes.run(places.runs(forest), *places.take(forest))
+        return self._passes.run(*places.level(forest))
 
 
 class _Places:
     """Where a draft's roots and nodes lie: in the cache, and in the table of features.
 
     Args:
-        pages: of each view.
+        page_size: tokens a page.
+        first_scratch, num_pages: pages of the first slot's scratch, of which each slot has so many.
         num_slots: the table's first rows are the slots' own; those behind are for roots and nodes.
         num_scratch: most nodes of a tree that are expanded below its root.
     """
 
-    def __init__(self, views: Sequence[SlotView], pages: Sequence[PageRun], num_slots: int, num_scratch: int) -> None:
+    def __init__(
+        self,
+        views: Sequence[SlotView],
+        page_size: int,
+        first_scratch: int,
+        num_pages: int,
+        num_slots: int,
+        num_scratch: int,
+    ) -> None:
         self._slots = np.array([view.slot for view in views], np.int64)
         self._roots = np.array([view.tokens[-1] for view in views], np.int64)
         self._cached = np.array([len(view.tokens) - 1 for view in views], np.int32)
-        self._table = block_table(pages)
+        held = block_table([view.pages for view in views])
+        self._table = _with_scratch(held, self._cached, self._slots, page_size, first_scratch, num_pages)
         self._next = num_slots
         self._rows = np.empty((len(views), 1 + num_scratch), np.int64)  # of the root, then of the expanded nodes
 
-    def runs(self, forest: GrowingForest) -> Runs:
-        """What a level has to compute: the frontier, below what was computed before."""
-        views, (tokens, parents, num_nodes) = forest.views, forest.expanded()
+    def level(self, forest: GrowingForest) -> tuple[Runs, np.ndarray]:
+        """What a level has to compute: the frontier, below what was computed before.
+
+        Returns:
+            That, and rows of the table, [2, F] int64: of the token before each node, of a root the slot's; and of the
+            node itself, one row behind the other.
+        """
+        seen, views = forest.seen(), forest.views
         ones = np.ones(len(views), np.int64)
-        num_done = 1 + num_nodes - np.diff(forest.begins)
-        return Runs(
+        runs = Runs(
             known=self._roots[views],
-            tokens=tokens,
-            parents=parents,
+            tokens=seen.tokens,
+            parents=seen.parents,
             num_known=ones,
-            num_nodes=num_nodes,
-            num_done=(num_done if forest.level else 0 * ones).astype(np.int32),
+            num_nodes=seen.num_nodes,
+            num_done=seen.num_done,
             cached=self._cached[views],
             wants_logits=ones > 0,
             block_table=self._table[views],
         )
+        rows = _rows(self._rows, self._slots, forest.frontier_views, seen.places, seen.above, self._next)
+        self._next += len(forest.frontier)
+        return runs, rows
 
-    def take(self, forest: GrowingForest) -> tuple[np.ndarray, int]:
-        """Gives the frontier rows in a row.
 
-        Returns:
-            The row of the token before each node, of a root the slot's, [F] int64; and the first of the new rows.
-        """
-        first, count, views = self._next, len(forest.frontier), forest.frontier_views
-        self._next += count
-        places, above = forest.newest()
-        self._rows[views, places] = np.arange(first, first + count)
-        return np.where(above < 0, self._slots[views], self._rows[views, above]), first
+@njit(cache=True, nogil=True)
+def _rows(
+    table: np.ndarray, slots: np.ndarray, views: np.ndarray, places: np.ndarray, above: np.ndarray, first: int
+) -> np.ndarray:
+    """[2, F] rows of features that a level reads and writes; the latter are noted in `table`, [B, places]."""
+    rows = np.empty((2, len(views)), np.int64)
+    for i, view in enumerate(views):
+        rows[0, i] = slots[view] if above[i] < 0 else table[view, above[i]]
+        rows[1, i] = table[view, places[i]] = first + i
+    return rows
+
+
+@njit(cache=True, nogil=True)
+def _with_scratch(
+    held: np.ndarray, cached: np.ndarray, slots: np.ndarray, page_size: int, first_scratch: int, num_pages: int
+) -> np.ndarray:
+    """[S, B] int32 of each view the pages of the tokens before its root, then its slot's scratch pages.
+
+    Args:
+        held: [S, P] the slots' own pages, which may not reach to the root's; cached: [S] tokens before the root.
+    """
+    num_own = (cached + page_size - 1) // page_size
+    table = np.zeros((len(held), (num_own.max() if len(held) else 0) + num_pages), np.int32)
+    for view in range(len(held)):
+        own = num_own[view]
+        table[view, :own] = held[view, :own]
+        for i in range(num_pages):
+            table[view, own + i] = first_scratch + slots[view] * num_pages + i
+    return table

@@ -92,11 +92,12 @@ class HeadEntries:
         """Computes the entries of all that is waiting."""
         if not self._num_waiting:
             return
-        rows = np.concatenate(self._rows, axis=1)
-        # A released slot's pages may be another's by now: of entries for one place the newest counts.
-        is_older = np.ones(rows.shape[1], np.bool_)
-        is_older[rows.shape[1] - 1 - np.unique(rows[_PLACE, ::-1], return_index=True)[1]] = False
-        rows[_PLACE, is_older] = self._cache.last_page
+        rows = self._rows[0] if len(self._rows) == 1 else np.concatenate(self._rows, axis=1)
+        if len(self._rows) > 1:
+            # A released slot's pages may be another's by now: of entries for one place the newest counts.
+            is_older = np.ones(rows.shape[1], np.bool_)
+            is_older[rows.shape[1] - 1 - np.unique(rows[_PLACE, ::-1], return_index=True)[1]] = False
+            rows[_PLACE, is_older] = self._cache.last_page
         newest = np.array([list(self._newest), list(self._newest.values())], np.int64).reshape(2, -1)
         if self._static is None or not self._static.run(rows, newest, self._states, self._cache.last_page):
             device = self._features.device

@@ -65,21 +65,21 @@ class HeadPasses:
             self._row = StaticRow(fold, cache.last_page, device, num_slots, has_windows=False, fills=fills)
             self._graphs: Graphs[Size, Outputs] = Graphs(self._static_pass, device)
 
-    def run(self, runs: Runs, before: np.ndarray, first: int) -> Outputs:
+    def run(self, runs: Runs, places: np.ndarray) -> Outputs:
         """Of all nodes that are computed, run by run: float32 logits [M, D], and `top_of` these; valid until the next.
 
         Args:
-            before: [M] int64 rows of the table with the feature of the token before each node.
-            first: row of the table where the layer's output for the first node goes, the others' behind it.
+            places: [2, M] int64 rows of the table: with the feature of the token before each node, and where the
+                layer's output for it goes.
         """
-        places = np.stack([before, np.arange(first, first + len(before))])
+        num_nodes = places.shape[1]
         packed = pack(runs, len(runs), self._cache.page_size)
         if self._row is not None and (size := self._row.put(packed, places)) is not None:
             found = self._graphs(size)
             self._row.was_used()
             if found is not None:
                 logits, top = found
-                return logits[: len(before)], top[: len(before)]
+                return logits[:num_nodes], top[:num_nodes]
         row = PackedRow(packed, self._cache.device)
         context, on_device = AttentionContext(row, self._cache), torch.from_numpy(places).to(self._cache.device)
         return self._pass(row.token_ids[0], row.position_ids[0], row.write_index, on_device, context)

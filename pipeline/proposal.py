@@ -5,8 +5,8 @@ tree.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from pipeline.request import SamplingParams
 from pipeline.tree import EMPTY_TREE, TokenTree
 
 
-@dataclass(frozen=True, slots=True)
-class SlotView:
+class SlotView(NamedTuple):
     """What a proposer may know of a slot.
 
     Attributes:
@@ -32,9 +31,9 @@ class SlotView:
     slot: int
     tokens: np.ndarray
     max_depth: int
-    params: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    params: SamplingParams = SamplingParams()
     seed: int = 0
-    pages: PageRun = field(default_factory=PageRun)
+    pages: PageRun = PageRun()
 
 
 @dataclass(frozen=True, slots=True)

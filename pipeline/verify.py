@@ -12,7 +12,6 @@ import numpy as np
 from numba import njit
 
 from pipeline.forest import Forest
-from pipeline.tree import surest_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +64,9 @@ def walk_forest(trees: Forest, choices: np.ndarray, rows: np.ndarray) -> Walks:
         choices: [M] int64 of all logits rows.
         rows: [B] int64 the row of each tree's root, those of its nodes follow; -1 for a tree that is not verified.
     """
-    accepted, begins, along, along_begins = _walks(trees.tokens, trees.parents, trees.begins, choices, rows)
-    among_all = accepted + np.repeat(trees.begins[:-1], np.diff(begins))
-    return Walks(accepted, begins, surest_sources(trees.evidence[among_all]), Outcome(along, along_begins))
+    columns = (trees.tokens, trees.parents, trees.evidence, trees.begins)
+    accepted, begins, sources, along, along_begins = _walks(*columns, choices, rows)
+    return Walks(accepted, begins, sources, Outcome(along, along_begins))
 
 
 @njit(cache=True, nogil=True)
@@ -95,13 +94,18 @@ def walk(tokens: np.ndarray, parents: np.ndarray, choices: np.ndarray) -> np.nda
 
 @njit(cache=True, nogil=True)
 def _walks(
-    tokens: np.ndarray, parents: np.ndarray, begins: np.ndarray, choices: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Accepted nodes of all trees, where each tree's begin, [B + 1]; the choices along them with the bonus, and where
-    each tree's begin, [B + 1]."""
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    evidence: np.ndarray,
+    begins: np.ndarray,
+    choices: np.ndarray,
+    rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The columns of `Walks`, then of its outcome."""
     num_trees = len(rows)
-    accepted, ends = np.empty(len(tokens), np.int32), np.zeros(num_trees + 1, np.int64)
+    accepted, sources = np.empty(len(tokens), np.int32), np.empty(len(tokens), np.int8)
     along, along_ends = np.empty(len(tokens) + num_trees, np.int64), np.zeros(num_trees + 1, np.int64)
+    ends = np.zeros(num_trees + 1, np.int64)
     at, at_along = 0, 0
     for tree in range(num_trees):
         if rows[tree] >= 0:
@@ -110,9 +114,9 @@ def _walks(
             along[at_along] = choices[rows[tree]]
             at_along += 1
             for node in path:
-                accepted[at] = node
+                accepted[at], sources[at] = node, np.argmax(evidence[begins[tree] + node])
                 along[at_along] = choices[rows[tree] + 1 + node]
                 at += 1
                 at_along += 1
         ends[tree + 1], along_ends[tree + 1] = at, at_along
-    return accepted[:at], ends, along[:at_along], along_ends
+    return accepted[:at], ends, sources[:at], along[:at_along], along_ends

@@ -111,14 +111,16 @@ def test_what_is_expanded_is_a_tree_of_the_nodes_chosen(
         assert [views.count(view) for view in forest.views] == np.diff(forest.begins).tolist()
         for view, path in zip(views, new, strict=True) if level else ():
             chosen[view].append(path)
-        tokens, parents, sizes = forest.expanded()
-        ends = np.cumsum(sizes).tolist()
+        seen = forest.seen()
+        tokens, parents, ends = seen.tokens, seen.parents, np.cumsum(seen.num_nodes).tolist()
+        done = [len(chosen[view]) - views.count(view) for view in forest.views]
+        assert seen.num_done.tolist() == done if level else not seen.num_done.any()
         for view, begin, end in zip(forest.views.tolist(), [0, *ends], ends, strict=False):
             expanded = TokenTree.of(tokens[begin:end].tolist(), parents[begin:end].tolist(), "draft")
             assert [(), *(path_of(expanded, node) for node in range(len(expanded)))] == chosen[view]
             assert forest.expanded_of(view).tokens.tolist() == expanded.tokens.tolist()
             assert forest.expanded_of(view).parents.tolist() == expanded.parents.tolist()
-        for view, path, place, above in zip(views, new, *forest.newest(), strict=True):
+        for view, path, place, above in zip(views, new, seen.places, seen.above, strict=True):
             assert chosen[view][place] == path
             assert chosen[view][above] == path[:-1] if path else above == -1
         paths = [

@@ -214,7 +214,7 @@ def test_the_root_distribution_is_uniform_where_the_head_saw_nothing() -> None:
 
     def with_an_unknown_slot(views, pace):  # type: ignore[no-untyped-def]
         if views:
-            unknown = dataclasses.replace(views[0], slot=1)
+            unknown = views[0]._replace(slot=1)
             seen.append(original([*views, unknown], FullPace(reads_root=True)))
         return original(views, pace)
 
