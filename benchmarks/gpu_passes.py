@@ -97,7 +97,7 @@ def _runs(slots: int, nodes: int, context: int, vocabulary: int, first_page: int
     for slot in range(slots):
         parents = [int(draws.integers(-1, i)) if i else -1 for i in range(nodes)]
         tree = TokenTree.of(draws.integers(0, vocabulary, nodes).tolist(), parents, "draft")
-        held = PageRun(pages=[first_page + slot * pages + page for page in range(pages)])
+        held = PageRun.of([first_page + slot * pages + page for page in range(pages)])
         runs.append(Run(draws.integers(0, vocabulary, 1).astype(np.int32), tree, context, held, True))
     return runs
 
@@ -116,7 +116,7 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
     model = random_model("tiny", torch.device("cpu"), torch.float32)
     runs = [*_runs(3, 13, context, 512), *_runs(2, 0, context, 512, 40)]
     chunk = 45
-    held = PageRun(pages=list(range(100, 100 + -(-(context + chunk) // _PAGE))))
+    held = PageRun.of(list(range(100, 100 + -(-(context + chunk) // _PAGE))))
     runs.append(Run(np.arange(chunk, dtype=np.int32), TokenTree.of([], [], "draft"), context, held, True))
     expected = Target(model, 128, _PAGE, is_static=False)
     torch.manual_seed(1)
@@ -226,7 +226,7 @@ def _drafts(model: LlamaForCausalLM, device: torch.device, slots: Sequence[int],
             views = []
             for slot in range(num_slots):
                 tokens = np.random.default_rng(slot).integers(0, config.vocab_size, context + 1).astype(np.int32)
-                held = PageRun(pages=list(range(slot * pages, (slot + 1) * pages)))
+                held = PageRun.of(list(range(slot * pages, (slot + 1) * pages)))
                 views.append(SlotView(slot, tokens, 8, pages=held))
                 states = torch.randn(context, 3 * config.hidden_size, device=device, dtype=embedding.dtype)
                 places = np.arange(context)

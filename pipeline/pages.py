@@ -8,12 +8,14 @@ Keys compare tokens themselves, so a hash collision cannot mix sequences up.
 Source: paged attention (Kwon et al., arXiv 2309.06180) with vLLM's prefix caching.
 """
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 
 import numpy as np
+from numba import njit
 
 ChainKey = tuple[int, bytes]
 _ROOT_CHAIN = 0
@@ -26,14 +28,19 @@ class PageRun:
     """The pages of one sequence, in order.
 
     Attributes:
-        pages: page ids; token i lies in `pages[i // page_size]`.
+        pages: page ids, as an array of C integers; token i lies in `pages[i // page_size]`.
         num_published: leading pages whose content is known to the pool (shared, or published by this run).
         chain: identity of the content of those leading pages.
     """
 
-    pages: list[int] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
     num_published: int = 0
     chain: int = _ROOT_CHAIN
+
+    @classmethod
+    def of(cls, pages: Iterable[int]) -> "PageRun":
+        """Pages of which the pool knows nothing."""
+        return cls(array("i", pages))
 
 
 class PagePool:
@@ -148,7 +155,7 @@ class PagePool:
         """Gives all pages back; published ones stay findable until their memory is needed."""
         for page in reversed(run.pages):
             self._release_page(page)
-        run.pages.clear()
+        del run.pages[:]
         run.num_published = 0
         run.chain = _ROOT_CHAIN
 
@@ -183,8 +190,17 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
 
 def block_table(runs: Sequence[PageRun]) -> np.ndarray:
     """[S, B] int32 page ids, padded with 0."""
-    width = max((len(run.pages) for run in runs), default=0)
-    table = np.zeros((len(runs), width), np.int32)
-    for row, run in zip(table, runs, strict=True):
-        row[: len(run.pages)] = run.pages
+    counts = np.array([len(run.pages) for run in runs], np.int64)
+    table: np.ndarray = _table(np.frombuffer(b"".join([run.pages for run in runs]), np.intc), counts)
+    return table
+
+
+@njit(cache=True, nogil=True)
+def _table(pages: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[S, B] int32 of all pages, run by run, and how many each run has."""
+    table = np.zeros((len(counts), counts.max() if len(counts) else 0), np.int32)
+    at = 0
+    for run in range(len(counts)):
+        table[run, : counts[run]] = pages[at : at + counts[run]]
+        at += counts[run]
     return table

@@ -11,7 +11,7 @@ class Retrieval:
     """Sends all lookups of a round, and takes the answers of those that are ready.
 
     Args:
-        prepare: called before anything else is asked of retrievers.
+        prepare: called before any answer is taken.
         waits: take all answers at once, however long that takes.
         is_beside: the draft model works beside this process, which begins with the first `poll`.
 
@@ -50,9 +50,9 @@ class Retrieval:
     def _begin(self) -> None:
         if not self._has_begun:
             self._has_begun = True
-            self._prepare()
             for retriever in self._pending:
                 retriever.send(self._views)
+            self._prepare()
 
     def finish(self) -> Forest:
         """Waits for the answers that are missing; returns the trees."""

@@ -254,3 +254,24 @@ def test_passages_never_shorten_what_the_context_gives(tokens: list[int], found:
     assert bool((with_passages.tokens >= 0).all())
     longest = [int(tree.matches[tree.parents == -1].max(initial=0)) for tree in (with_passages, own)]
     assert longest[0] >= longest[1]
+
+
+@bounded
+@given(st.lists(st.tuples(st.integers(0, 3), contexts, st.booleans()), min_size=1, max_size=25))
+def test_slots_that_come_grow_and_go_do_not_disturb_each_other(steps: list[tuple[int, list[int], bool]]) -> None:
+    """Each slot's tree is that of a retriever which knows nothing else, though all of them lie in one array."""
+    retriever = ContextRetriever(HopefulTable())
+    known: dict[int, list[int]] = {}
+    for slot, tokens, ends in steps:
+        if slot not in known:
+            known[slot] = list(tokens)
+            retriever.admit(slot, np.array(tokens, np.int32), ())
+        elif ends:
+            del known[slot]
+            retriever.release(slot)
+        else:
+            known[slot] += 3 * tokens  # sometimes beyond what there was room for
+            retriever.extend(slot, np.array(3 * tokens, np.int32))
+        views = [view(text, slot=number) for number, text in known.items()]
+        for text, tree in zip(known.values(), retriever.lookup(views), strict=True):
+            assert_same(tree, lookup(text))

@@ -29,7 +29,7 @@ def test_kept_tokens_lie_behind_one_another(some: list[tuple[int, int, TokenTree
     runs, accepted, slots = [], [], []
     for number, (cached, num_known, tree, is_followed) in enumerate(some):
         num_tokens = cached + num_known + len(tree)
-        pages = PageRun(pages=[free.pop() for _ in range(-(-num_tokens // PAGE))])
+        pages = PageRun.of([free.pop() for _ in range(-(-num_tokens // PAGE))])
         tokens = random.integers(0, 99, num_tokens + 1).astype(np.int32)
         request = Request(number, tuple(tokens.tolist()), SamplingParams())
         slot = Slot.of(request, StopCheck(request.params, 9, (), None))  # type: ignore[arg-type]

@@ -83,10 +83,10 @@ class Pages(RuleBasedStateMachine):
         missing = max(0, -(-(upto + spare) // self.size) - len(pages))
         if not self.pool.grow(sequence.run, upto + spare):
             assert missing > idle, "there were pages"
-            assert sequence.run.pages == pages and self.pool.num_idle == idle
+            assert list(sequence.run.pages) == pages and self.pool.num_idle == idle
             return
         assert self.pool.num_idle == idle - missing
-        assert sequence.run.pages[: len(pages)] == pages
+        assert list(sequence.run.pages[: len(pages)]) == pages
         for index in range(sequence.cached, len(sequence.run.pages) * self.size):
             self.content[sequence.run.pages[index // self.size]] = tuple(
                 sequence.tokens[: min((index // self.size + 1) * self.size, upto)]
@@ -230,5 +230,5 @@ def test_pages_for_tokens(tokens: int, pages: int) -> None:
 
 
 def test_block_table_pads_with_zero() -> None:
-    assert block_table([PageRun([3, 1]), PageRun(), PageRun([2])]).tolist() == [[3, 1], [0, 0], [2, 0]]
+    assert block_table([PageRun.of([3, 1]), PageRun(), PageRun.of([2])]).tolist() == [[3, 1], [0, 0], [2, 0]]
     assert block_table([]).shape == (0, 0)

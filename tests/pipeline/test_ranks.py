@@ -116,7 +116,7 @@ def test_outputs_are_those_of_the_whole_model(architecture: str, is_static: bool
 
 def test_each_process_has_its_heads_and_all_logits_are_those_of_the_whole_model(tmp_path: Path) -> None:
     saved("llama", tmp_path)
-    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)], 16)
+    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun.of([0]), True)], 16)
     whole = Target(tiny_model("llama"), 4, 16)
     expected = whole.forward(runs).logits
     with shared(tmp_path, 2) as share:
@@ -128,7 +128,7 @@ def test_each_process_has_its_heads_and_all_logits_are_those_of_the_whole_model(
 
 def test_the_leader_notices_that_a_follower_is_gone(tmp_path: Path) -> None:
     saved("llama", tmp_path)
-    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun(pages=[0]), True)], 16)
+    runs = Runs.of([Run(np.array([9], np.int32), TREE, 0, PageRun.of([0]), True)], 16)
     with pytest.raises(RuntimeError), shared(tmp_path, 2) as share:
         target = Target(share.model, 4, 16, ranks=share.ranks)
         target.forward(runs)

@@ -69,7 +69,7 @@ def runs_of(columns: Runs, page_size: int) -> list[Run]:
         tree = TokenTree.of(columns.tokens[nodes].tolist(), columns.parents[nodes].tolist(), "draft")
         cached = int(columns.cached[i])
         num_pages = -(-(cached + len(known) + len(tree)) // page_size)
-        pages = PageRun(pages=columns.block_table[i, :num_pages].tolist())
+        pages = PageRun.of(columns.block_table[i, :num_pages].tolist())
         wants_logits, num_done = bool(columns.wants_logits[i]), int(columns.num_done[i])
         runs.append(Run(known, tree, cached, pages, wants_logits, num_done))
     assert (at_known, at_node) == (len(columns.known), len(columns.tokens))
