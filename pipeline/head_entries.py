@@ -5,11 +5,11 @@ rounds do without a draft, most of that is never read; so entries wait until a d
 for all slots in one pass, captured in fixed sizes as drafting's are.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 
 from pipeline.graphs import SIZES, Fence, Graphs, Staged, size_of
 from pipeline.head import NUM_DEPTHS, DraftHead
@@ -41,8 +41,8 @@ class HeadEntries:
         self._cache = cache
         self._features = features
         self._num_slots = num_slots
-        self._known: set[int] = set()  # slots whose rows are set
-        self._newest: dict[int, int] = {}  # by slot, the waiting row of its newest token
+        self._known = np.zeros(num_slots, np.bool_)  # slots whose rows are set
+        self._newest = np.full(num_slots, _NOTHING)  # by slot, the waiting row of its newest token
         self._states: list[torch.Tensor] = []
         # [4, n], lines as above; of the token before a waiting row, or from -2 down a slot.
         self._rows: list[np.ndarray] = []
@@ -51,12 +51,11 @@ class HeadEntries:
 
     def knows(self, slot: int) -> bool:
         """Whether anything of the slot has been committed."""
-        return slot in self._newest or slot in self._known
+        return bool(self._known[slot] or self._newest[slot] != _NOTHING)
 
     def release(self, slot: int) -> None:
         """The slot's next tokens belong to another request. What is waiting may be shared and still gets written."""
-        self._known.discard(slot)
-        self._newest.pop(slot, None)
+        self._known[slot], self._newest[slot] = False, _NOTHING
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Tokens were copied within the pool: pool token indices [n] -> [n]."""
@@ -69,24 +68,13 @@ class HeadEntries:
         Args:
             states: [N, 3 H] of all tokens.
         """
-        first, num_tokens = self._num_waiting, len(committed.tokens)
-        before = np.arange(first - 1, first + num_tokens - 1)
-        for slot, (begin, end) in zip(committed.slots, pairwise(committed.begins.tolist()), strict=True):
-            before[begin] = self._row_before(slot)
-            self._newest[slot] = first + end - 1
-        self._rows.append(np.stack([committed.tokens, committed.positions, committed.places, before]))
+        slots = np.array(committed.slots, np.int64)
+        columns = (committed.tokens, committed.positions, committed.places, committed.begins)
+        self._rows.append(_noted(*columns, slots, self._known, self._newest, self._num_waiting))
         self._states.append(states)
-        self._num_waiting += num_tokens
+        self._num_waiting += len(committed.tokens)
         if self._num_waiting >= _MOST_WAITING:
             self.write()
-
-    def _row_before(self, slot: int) -> int:
-        """Of a slot's next token."""
-        if (newest := self._newest.get(slot)) is not None:
-            return newest
-        # Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy. Rows of
-        # slots change when nothing waits any more.
-        return _NOTHING - 1 - slot if slot in self._known else _NOTHING
 
     def write(self) -> None:
         """Computes the entries of all that is waiting."""
@@ -98,14 +86,15 @@ class HeadEntries:
             is_older = np.ones(rows.shape[1], np.bool_)
             is_older[rows.shape[1] - 1 - np.unique(rows[_PLACE, ::-1], return_index=True)[1]] = False
             rows[_PLACE, is_older] = self._cache.last_page
-        newest = np.array([list(self._newest), list(self._newest.values())], np.int64).reshape(2, -1)
+        slots = np.flatnonzero(self._newest != _NOTHING)
+        newest = np.stack([slots, self._newest[slots]])
         if self._static is None or not self._static.run(rows, newest, self._states, self._cache.last_page):
             device = self._features.device
-            index = torch.from_numpy(_with_table_rows(rows, rows.shape[1], self._num_slots))
+            index = torch.from_numpy(_numbered(rows, np.empty_like(rows), self._num_slots, self._cache.last_page))
             of_slots, newest_rows = self._features[: self._num_slots], torch.from_numpy(newest).to(device)
             self._compute(index.to(device), newest_rows, torch.cat(self._states), of_slots)
-        self._known |= self._newest.keys()
-        self._newest.clear()
+        self._known[slots] = True
+        self._newest[:] = _NOTHING
         self._states.clear()
         self._rows.clear()
         self._num_waiting = 0
@@ -157,9 +146,7 @@ class _Static:
             return False
         self._read.wait()
         size = size_of(count)
-        lines = self._rows.host[: 4 * size].reshape(4, size)
-        lines[:, :count] = _with_table_rows(rows, size, self._num_slots)
-        lines[:, count:] = np.array([[0], [0], [trash], [size + self._num_slots]])
+        _numbered(rows, self._rows.host[: 4 * size].reshape(4, size), self._num_slots, trash)
         kept = self._newest.host.reshape(2, -1)
         kept[:, :num_newest] = newest
         kept[:, num_newest:] = np.array([[self._nobodys], [0]])
@@ -179,9 +166,47 @@ class _Static:
         return True
 
 
-def _with_table_rows(rows: np.ndarray, num_fused: int, num_slots: int) -> np.ndarray:
-    """[4, n] with the row of the token before as its number in a table: `num_fused` features of waiting tokens, those
-    of the slots, and zero."""
-    before = rows[_BEFORE]
-    numbered = np.where(before == _NOTHING, num_fused + num_slots, num_fused + _NOTHING - 1 - before)
-    return np.concatenate([rows[:_BEFORE], np.where(before >= 0, before, numbered)[None]])
+@njit(cache=True, nogil=True)
+def _noted(
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    places: np.ndarray,
+    begins: np.ndarray,
+    slots: np.ndarray,
+    known: np.ndarray,
+    newest: np.ndarray,
+    first: int,
+) -> np.ndarray:
+    """[4, n] int64 rows of new tokens, the first of which is number `first`; `newest` changes with them.
+
+    Behind a prefix that another slot computed nothing is known of the token before: a loss of accuracy. Rows of slots
+    change when nothing waits any more.
+    """
+    rows = np.empty((4, len(tokens)), np.int64)
+    rows[_TOKEN], rows[_POSITION], rows[_PLACE] = tokens, positions, places
+    for i, slot in enumerate(slots):
+        before = newest[slot]
+        if before == _NOTHING and known[slot]:
+            before = _NOTHING - 1 - slot
+        for row in range(begins[i], begins[i + 1]):
+            rows[_BEFORE, row] = before
+            before = first + row
+        newest[slot] = before
+    return rows
+
+
+@njit(cache=True, nogil=True)
+def _numbered(rows: np.ndarray, lines: np.ndarray, num_slots: int, trash: int) -> np.ndarray:
+    """Writes rows into `lines`, [4, m], and padding behind them; of the token before, its number in a table.
+
+    The table: m features of waiting tokens, those of the slots, and zero.
+    """
+    count, zero = rows.shape[1], lines.shape[1] + num_slots
+    lines[:, :count] = rows
+    for i in range(count):
+        if rows[_BEFORE, i] < 0:
+            slot = _NOTHING - 1 - rows[_BEFORE, i]
+            lines[_BEFORE, i] = zero if slot < 0 else lines.shape[1] + slot
+    lines[:, count:] = 0
+    lines[_PLACE, count:], lines[_BEFORE, count:] = trash, zero
+    return lines

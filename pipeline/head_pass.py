@@ -73,14 +73,14 @@ class HeadPasses:
                 layer's output for it goes.
         """
         num_nodes = places.shape[1]
-        packed = pack(runs, len(runs), self._cache.page_size)
-        if self._row is not None and (size := self._row.put(packed, places)) is not None:
+        page_size = self._cache.page_size
+        if self._row is not None and (size := self._row.put(runs, page_size, places)) is not None:
             found = self._graphs(size)
             self._row.was_used()
             if found is not None:
                 logits, top = found
                 return logits[:num_nodes], top[:num_nodes]
-        row = PackedRow(packed, self._cache.device)
+        row = PackedRow(pack(runs, len(runs), page_size), self._cache.device)
         context, on_device = AttentionContext(row, self._cache), torch.from_numpy(places).to(self._cache.device)
         return self._pass(row.token_ids[0], row.position_ids[0], row.write_index, on_device, context)
 

@@ -6,6 +6,7 @@ tree of 60 or a prefill chunk of 500. Pure arithmetic over arrays; no slot state
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,17 @@ class Runs:
         counts: np.ndarray = self.wants_logits * (self.lengths - np.maximum(self.num_done, self.num_known - 1))
         return counts
 
+    def columns(self, page_size: int) -> Any:
+        """What `packed` takes, in its types."""
+        assert (self.num_known[self.num_nodes > 0] == 1).all()
+        return (
+            self.known.astype(np.int64, copy=False),
+            self.tokens.astype(np.int64, copy=False),
+            self.parents.astype(np.int32, copy=False),
+            *(self.num_known, self.num_nodes, self.num_done, self.cached, self.wants_logits, self.block_table),
+            page_size,
+        )
+
     def taken(self, order: np.ndarray) -> "Runs":
         """These runs in another order, [S] integers."""
 
@@ -179,14 +191,7 @@ def short_first(runs: Runs) -> tuple[Runs, np.ndarray | None, int]:
 
 def pack(runs: Runs, num_short: int, page_size: int) -> Packed:
     """Packs runs, already ordered short first, into one row."""
-    num_known, num_nodes, table = runs.num_known, runs.num_nodes, runs.block_table
-    assert (num_known[num_nodes > 0] == 1).all()
-    starts, mask_starts, nodes, computed, logits_index, positions, mask = _packed(
-        runs.known.astype(np.int64, copy=False),
-        runs.tokens.astype(np.int64, copy=False),
-        runs.parents.astype(np.int32, copy=False),
-        *(num_known, num_nodes, runs.num_done, runs.cached, runs.wants_logits, table, page_size),
-    )
+    starts, mask_starts, nodes, computed, logits_index, positions, mask = packed(*runs.columns(page_size))
     return Packed(
         nodes=nodes,
         logits_index=logits_index,
@@ -194,7 +199,7 @@ def pack(runs: Runs, num_short: int, page_size: int) -> Packed:
         num_done=runs.num_done,
         starts=starts,
         cached=runs.cached,
-        block_table=table,
+        block_table=runs.block_table,
         positions=positions,
         mask=mask,
         mask_starts=mask_starts,
@@ -204,7 +209,7 @@ def pack(runs: Runs, num_short: int, page_size: int) -> Packed:
 
 
 @njit(cache=True, nogil=True)
-def _packed(
+def packed(
     known: np.ndarray,
     tokens: np.ndarray,
     parents: np.ndarray,

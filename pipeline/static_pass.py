@@ -10,7 +10,7 @@ from pipeline.attention import AttentionContext
 from pipeline.features import FeatureTap
 from pipeline.graphs import Graphs, has_compiler
 from pipeline.kv_cache import PagedCache
-from pipeline.packing import Packed
+from pipeline.packing import Runs
 from pipeline.static_row import Size, StaticRow
 
 Outputs = tuple[torch.Tensor, torch.Tensor | None]
@@ -53,19 +53,20 @@ class StaticPasses:
         )
         self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
 
-    def run(self, row: Packed) -> Outputs | None:
-        """Logits [M, V], and states [C, 3 H] if they are read, of a packed row; valid until the next pass.
+    def run(self, runs: Runs) -> Outputs | None:
+        """Logits [M, V], and states [C, 3 H] if they are read, of these runs; valid until the next pass.
 
-        None if there is no room for the row, or if the model's code cannot be captured.
+        None if there is no room for them, or if the model's code cannot be captured.
         """
-        size = self._row.put(row)
+        size = self._row.put(runs, self._cache.page_size)
         outputs = None if size is None else self._graphs(size)
         self._row.was_used()
         if outputs is None:
             return None
         logits, states = outputs
         assert (states is None) == (self._tap() is None)
-        return logits[: len(row.logits_index)], None if states is None else states[: row.nodes.shape[1]]
+        num_logits, num_computed = int(runs.num_logits.sum()), int(runs.num_computed.sum())
+        return logits[:num_logits], None if states is None else states[:num_computed]
 
     def reset(self) -> None:
         """What is read of the model has changed."""

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 
-from pipeline.graphs import SIZES, Fence, Staged, size_of
-from pipeline.packing import Packed
-from pipeline.tiles import NUM_COLUMNS, Tiles, rows_per_tile, tiles_of
+from pipeline.graphs import SIZES, Fence, Staged
+from pipeline.packing import Runs, packed
+from pipeline.tiles import NUM_COLUMNS, Tiles, cut, rows_per_tile
 
 _MOST = SIZES[-1]
 _MOST_NODES = 16 * _MOST  # those computed before included
 _MOST_PAGES = 1 << 17  # entries of all runs' block tables
 _MOST_MASK = 1 << 20  # bytes of all trees' masks
 _NOTHING = np.empty((0, 0), np.int64)
+_SIZES = np.array(SIZES)
+_LOGITS = 3  # line of the logits index, behind token, position and write index
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,40 +61,29 @@ class StaticRow:
         self._pages = Staged((_MOST_PAGES,), torch.int32, device)
         self._positions = Staged((_MOST_NODES,), torch.int32, device)
         self._mask = Staged((_MOST_MASK,), torch.uint8, device)
-        self._num_pages = 0
         self._read = Fence(device)
 
-    def _size(self, num_rows: int, num_logits: int) -> Size:
-        """The least size that holds so many rows."""
-        rows = size_of(num_rows)
-        tiles = min(rows, self._num_runs + rows // self._rows_per_tile)
-        few = size_of(min(self._num_runs, _MOST))
-        return Size(rows, tiles, few if num_logits <= few < rows else rows)
-
-    def put(self, row: Packed, further: np.ndarray = _NOTHING) -> Size | None:
-        """Makes a row the next one; None if there is no room for it.
+    def put(self, runs: Runs, page_size: int, further: np.ndarray = _NOTHING) -> Size | None:
+        """Makes these runs the next row; None if there is no room for them.
 
         Args:
             further: [N, C] int64, a line for each of the further `fills`.
         """
-        num_rows, num_logits = row.nodes.shape[1], len(row.logits_index)
-        fits = num_rows <= _MOST and len(row.positions) <= _MOST_NODES and len(row.starts) - 1 <= self._num_runs
-        if not fits or row.block_table.size > _MOST_PAGES or len(row.mask) > _MOST_MASK:
+        if len(runs) > self._num_runs or runs.block_table.size > _MOST_PAGES:
             return None
         self._read.wait()  # passes without logits end without waiting for the device
-        size = self._size(num_rows, num_logits)
-        tiles = tiles_of(row, self._rows_per_tile)
-        lines = self._ids.host[: len(self._fills) * size.num_rows].reshape(-1, size.num_rows)
-        _fill(lines, row.nodes, row.logits_index, further, self._fills, tiles, self._tiles.host[: size.num_tiles])
-        pages = row.block_table.ravel()
-        if len(pages) != self._num_pages or not np.array_equal(pages, self._pages.host[: len(pages)]):
-            self._num_pages = len(pages)
-            _send(self._pages, pages)
-        if len(row.mask):
-            _send(self._mask, row.mask)
+        staged: Any = (self._ids.host, self._tiles.host, self._pages.host, self._positions.host, self._mask.host)
+        shape: Any = (further, self._fills, _SIZES, self._num_runs, self._rows_per_tile)
+        rows, tiles, logits, num_positions, mask_size, has_pages = _put(*runs.columns(page_size), *shape, *staged)
+        if not rows:
+            return None
+        if has_pages:
+            self._pages.send(runs.block_table.size)
+        if mask_size:
+            self._mask.send(mask_size)
         if self._has_windows:
-            _send(self._positions, row.positions)
-        return size
+            self._positions.send(num_positions)
+        return Size(rows, tiles, logits)
 
     def was_used(self) -> None:
         """A pass over the row is under way; the next `put` waits until the device has read it."""
@@ -121,30 +113,63 @@ class StaticRow:
         )
 
 
-def _send(staged: Staged, values: np.ndarray) -> None:
-    staged.host[: len(values)] = values
-    staged.send(len(values))
-
-
 @njit(cache=True, nogil=True)
-def _fill(
-    lines: np.ndarray,
-    nodes: np.ndarray,
-    logits_index: np.ndarray,
+def _put(
+    known: np.ndarray,
+    tokens: np.ndarray,
+    parents: np.ndarray,
+    num_known: np.ndarray,
+    num_nodes: np.ndarray,
+    num_done: np.ndarray,
+    cached: np.ndarray,
+    wants_logits: np.ndarray,
+    table: np.ndarray,
+    page_size: int,
     further: np.ndarray,
     fills: np.ndarray,
-    tiles: np.ndarray,
+    sizes: np.ndarray,
+    num_runs: int,
+    rows_per_tile: int,
+    ids: np.ndarray,
     all_tiles: np.ndarray,
-) -> None:
-    """Writes what is put into the first columns of `lines` and rows of `all_tiles`, and padding behind it."""
-    num_nodes, num_logits = nodes.shape[1], len(logits_index)
-    for line in range(len(lines)):
-        count = num_logits if line == 3 else num_nodes
+    pages: np.ndarray,
+    all_positions: np.ndarray,
+    all_mask: np.ndarray,
+) -> tuple[int, int, int, int, int, bool]:
+    """Packs runs and writes what is put, padded, to where it is sent from.
+
+    Returns:
+        The size's rows, tiles and rows with logits, all 0 if there is no room; how many positions and bytes of masks
+        there are; whether the pages are others than before.
+    """
+    starts, mask_starts, nodes, _, logits_index, positions, mask = packed(
+        known, tokens, parents, num_known, num_nodes, num_done, cached, wants_logits, table, page_size
+    )
+    num_nodes_computed, num_logits = nodes.shape[1], len(logits_index)
+    fits = num_nodes_computed <= sizes[-1] and len(positions) <= len(all_positions) and len(mask) <= len(all_mask)
+    if not fits:
+        return 0, 0, 0, 0, 0, False
+    rows = sizes[np.searchsorted(sizes, num_nodes_computed)]
+    few = sizes[np.searchsorted(sizes, min(num_runs, sizes[-1]))]
+    num_tiles = min(rows, num_runs + rows // rows_per_tile)
+    tiles = cut(starts, num_done, cached, mask_starts, table.shape[1], rows_per_tile)
+    all_tiles[: len(tiles)] = tiles
+    all_tiles[len(tiles) : num_tiles] = 0
+    lines = ids[: len(fills) * rows].reshape(-1, rows)
+    for line in range(len(fills)):
+        count = num_logits if line == _LOGITS else num_nodes_computed
         for i in range(count):
-            if line == 3:
+            if line == _LOGITS:
                 lines[line, i] = logits_index[i]
             else:
-                lines[line, i] = nodes[line, i] if line < 3 else further[line - 4, i]
+                lines[line, i] = nodes[line, i] if line < _LOGITS else further[line - _LOGITS - 1, i]
         lines[line, count:] = fills[line]
-    all_tiles[: len(tiles)] = tiles
-    all_tiles[len(tiles) :] = 0
+    all_positions[: len(positions)] = positions
+    all_mask[: len(mask)] = mask
+    has_pages = False
+    for run in range(len(table)):
+        for i in range(table.shape[1]):
+            place = run * table.shape[1] + i
+            has_pages |= pages[place] != table[run, i]
+            pages[place] = table[run, i]
+    return rows, num_tiles, few if num_logits <= few < rows else rows, len(positions), len(mask), has_pages

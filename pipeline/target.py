@@ -114,12 +114,11 @@ class Target:
 
     def _run(self, runs: Runs, num_short: int) -> Outputs:
         """Logits, and states if they are read, of runs in order."""
-        packed = pack(runs, num_short, self.cache.page_size)
         if self._passes is not None:
-            outputs = self._passes.run(packed)
+            outputs = self._passes.run(runs)
             if outputs is not None:
                 return outputs
-        row = PackedRow(packed, self.device)
+        row = PackedRow(pack(runs, num_short, self.cache.page_size), self.device)
         self.cache.begin(row)
         output = self.model(
             input_ids=row.token_ids,

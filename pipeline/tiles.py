@@ -52,14 +52,12 @@ def tiles_of(row: Packed, num_rows: int) -> np.ndarray:
 
     They refer to its flattened `block_table`, its `mask` and its `positions`.
     """
-    tiles: np.ndarray = _tiles_of(
-        row.starts, row.num_done, row.cached, row.mask_starts, row.block_table.shape[1], num_rows
-    )
+    tiles: np.ndarray = cut(row.starts, row.num_done, row.cached, row.mask_starts, row.block_table.shape[1], num_rows)
     return tiles
 
 
 @njit(cache=True, nogil=True)
-def _tiles_of(
+def cut(
     starts: np.ndarray,
     num_done: np.ndarray,
     cached: np.ndarray,
@@ -67,6 +65,7 @@ def _tiles_of(
     num_pages: int,
     num_rows: int,
 ) -> np.ndarray:
+    """`tiles_of` a packed row's columns, of which each run has `num_pages` pages."""
     num_tiles = 0
     for run in range(len(cached)):
         num_tiles += -(-(starts[run + 1] - starts[run] - num_done[run]) // num_rows)
