@@ -189,7 +189,7 @@ def curve(
         for count in nodes:
             if num_slots * (count + 1) > most_rows:
                 continue
-            runs = _runs(num_slots, count, context, vocabulary)
+            runs = Runs.of(_runs(num_slots, count, context, vocabulary), _PAGE)
             point: dict[str, Any] = {"slots": num_slots, "nodes": count}
             for kind, target in targets.items():
                 if kind == "eager" and count not in (0, 7):
@@ -200,7 +200,8 @@ def curve(
             points.append(point)
             print(name, point, file=sys.stderr, flush=True)
         if profile_to and num_slots == slots[0]:
-            _profile(name, targets["graph"], _runs(num_slots, 7, context, vocabulary), profile_to)
+            runs = Runs.of(_runs(num_slots, 7, context, vocabulary), _PAGE)
+            _profile(name, targets["graph"], runs, profile_to)
         del targets
     found = {"weights_gb": round(weights / 1e9, 3), "passes": points}
     found["drafts"] = _drafts(model, device, slots, context)
@@ -238,14 +239,14 @@ def _drafts(model: LlamaForCausalLM, device: torch.device, slots: Sequence[int],
     return rows
 
 
-def _greedy(target: Target, runs: Sequence[Run]) -> torch.Tensor:
+def _greedy(target: Target, runs: Runs) -> torch.Tensor:
     """The target's choices, on the CPU as a round wants them."""
-    return target.forward(Runs.of(runs, _PAGE)).logits.argmax(-1).cpu()
+    return target.forward(runs).logits.argmax(-1).cpu()
 
 
-def _profile(name: str, target: Target, runs: Sequence[Run], path: Path) -> None:
+def _profile(name: str, target: Target, runs: Runs, path: Path) -> None:
     activities = [ProfilerActivity.CUDA] if target.device.type == "cuda" else [ProfilerActivity.CPU]
-    target.forward(Runs.of(runs, _PAGE))
+    target.forward(runs)
     with profile(activities=activities) as profiler:
         for _ in range(5):
             _greedy(target, runs)

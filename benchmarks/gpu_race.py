@@ -99,7 +99,8 @@ def race(
 
 
 def _of_rounds(engine: Engine, done: Sequence[Generation]) -> dict[str, Any]:
-    """tau, and shares of a round by phase. Host work that nothing hides is at most what `gpu_busy` leaves."""
+    """tau, and shares of a round by phase. Host work that nothing hides is at most what `gpu_busy` leaves: part of what
+    is beside the phases with passes, what a round leaves to be noted, is done while a level is computed."""
     rounds = max(sum(generation.rounds for generation in done), 1)
     total = sum(engine.phases.seconds.values())
     phases = {name: round(seconds / total, 3) for name, seconds in engine.phases.seconds.items()}

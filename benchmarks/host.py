@@ -5,7 +5,8 @@
 Whole rounds of the engine with passes of fixed sizes, as on a GPU, but the models stand still: they are said to take
 what they take there (`gpu_passes.json`), on a clock that goes on with the host's own time, and to say what a recording
 of `rasd simulate` holds. The host waits for them where it does there, and works beside them where it can. Lookups are
-made in this process. Launching passes and copies on the device is not in it.
+made in this process. Launching passes and copies on the device is not in it. Another program on the machine only ever
+adds work: of several repeats the one with the least is kept.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -117,18 +119,23 @@ def main() -> None:
     arguments.add_argument("--datastore", help="searched, too")
     arguments.add_argument("--methods", nargs="+", default=["plain", "rasd"])
     arguments.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32, 128])
+    arguments.add_argument("--repeats", type=int, default=1, help="in turn; of each point the one with the least work")
     arguments.add_argument("--output", type=Path)
     options = arguments.parse_args()
     torch.set_num_threads(1)
     recording = Recording.load(options.recording)
     store = Datastore.open(options.datastore, dense=False) if options.datastore else None
     searcher = LocalSearcher(store, LiveStore(recording.vocab_size))
-    measured = []
+    best: dict[tuple[str, int], dict[str, Any]] = {}
     for name in options.methods:
         host_times(recording, name, 2, searcher)  # compiles, or loads what was compiled
-        for slots in options.slots:
-            measured.append({"method": name, "slots": slots, **host_times(recording, name, slots, searcher)})
-    report({"rows": len(recording.prompts), "measured": measured}, options.output)
+    for _ in range(options.repeats):
+        for point in product(options.methods, options.slots):
+            found = host_times(recording, *point, searcher)
+            if point not in best or found["us"]["all"] < best[point]["us"]["all"]:
+                best[point] = found
+    measured = [{"method": name, "slots": slots, **found} for (name, slots), found in best.items()]
+    report({"rows": len(recording.prompts), "repeats": options.repeats, "measured": measured}, options.output)
 
 
 def gpu_times(slots: int) -> StepTimes:

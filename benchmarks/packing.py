@@ -55,8 +55,9 @@ def _ragged(options: Any) -> dict[str, Any]:
             Run(np.array([5], np.int32), _tree(count - 1), options.context, run, True)
             for count, run in zip(nodes, pages, strict=True)
         ]
+        columns = Runs.of(runs, PAGE_SIZE)
         begin = time.perf_counter()
-        target.forward(Runs.of(runs, PAGE_SIZE))
+        target.forward(columns)
         return time.perf_counter() - begin
 
     shapes = {"ragged": _RAGGED, "even": _EVEN}

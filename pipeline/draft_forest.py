@@ -109,7 +109,7 @@ class GrowingForest:
         )
         return places
 
-    def seen(self) -> "Seen":
+    def seen(self) -> Seen:
         """What the draft model has to see for the next level."""
         return Seen(*_seen(self._expanded, self._num_expanded, self.views, self.begins, self.frontier))
 

@@ -175,7 +175,7 @@ class Economy:
         self.level_times.observe(num_rows, seconds)
 
     def observe_trees(self, trees: Forest, num_expanded: np.ndarray) -> None:
-        """Learns what drafted children are worth from this round's fused and calibrated trees.
+        """Learns what drafted children are worth from a round's fused and calibrated trees.
 
         Args:
             num_expanded: [levels] nodes that the draft model expanded; those of which no child is left were worth

@@ -178,6 +178,9 @@ class Engine:
 
     def _round(self) -> list[Generation]:
         begin, num_captures = self._clock(), Graphs.num_captures
+        if self._observation is not None:
+            self._observation()  # before this round is of a kind of its own
+        self._observation = None
         if not self.works_beside:
             self._settle()
         decoding = self._scheduler.decoding()
@@ -189,8 +192,7 @@ class Engine:
         with self.phases("verify"):
             forward, choices = self._verify(work)
         with self.phases("commit"):
-            emission = self._emit(work, forward, choices)
-            finished = self._commit(emission, forward)
+            emission, finished = self._commit(work, forward, choices)
         seconds = self._clock() - begin if Graphs.num_captures == num_captures else None
         self._observation = partial(self._observe, emission, self._pass_seconds, seconds)
         return finished
@@ -204,9 +206,6 @@ class Engine:
         """Notes what the last round left to be noted, and lets requests in."""
         with self.phases("commit"):
             self._books.settle()
-            if self._observation is not None:
-                self._observation()
-            self._observation = None
             self._scheduler.admit()
 
     def _retreat(self, reason: str) -> list[Generation]:
@@ -310,10 +309,10 @@ class Engine:
         lesson(proposed, outcome)
         self._lesson = None
 
-    def _commit(self, emission: Emission, forward: Forward) -> list[Generation]:
-        """Keeps the accepted nodes' keys and values, and lets finished requests go."""
+    def _commit(self, work: Work, forward: Forward, choices: Choices) -> tuple[Emission, list[Generation]]:
+        """Emits tokens, keeps the accepted nodes' keys and values, and lets finished requests go."""
         began, num_captures = self._clock(), Graphs.num_captures
-        slots = emission.work.slots
+        emission, slots = self._emit(work, forward, choices), work.slots
         self._books.enter(emission)
         if self._reader is not None and self._rests and not self._rule.follows:
             for slot in slots:
@@ -322,7 +321,7 @@ class Engine:
                     self._reader.release(slot.number)
         if self._reader is not None or len(emission.kept):
             self._keep(emission, forward)
-        counts = emission.work.runs.num_known + np.diff(emission.kept_begins)
+        counts = work.runs.num_known + np.diff(emission.kept_begins)
         for slot, count in zip(slots, counts.tolist(), strict=True):
             slot.cached += count
         self._books.settle(only_ended=True)
@@ -331,7 +330,7 @@ class Engine:
             self._scheduler.finish(slot)
         if Graphs.num_captures == num_captures:
             self._overhead += _SMOOTHING * (self._clock() - began - self._overhead)
-        return [slot.generation() for slot in ended]
+        return emission, [slot.generation() for slot in ended]
 
     def _keep(self, emission: Emission, forward: Forward) -> None:
         """Moves accepted nodes' keys and values to where they belong; tells the drafter the states of what is kept."""

@@ -16,7 +16,7 @@ from pipeline.tiles import BLOCK_ROWS, NUM_COLUMNS, Tiles
 
 _PROGRAMS = 264  # enough to fill a large card; with fewer tiles keys are split
 _MOST_SPLITS = 16
-_BLOCK = tl.constexpr(64)  # keys of a step
+_BLOCK, _WIDE_BLOCK = 64, 32  # keys of a step; of heads beyond 128 dimensions, whose keys would not fit a small card
 _COLUMNS = tl.constexpr(NUM_COLUMNS)
 
 
@@ -53,6 +53,7 @@ def attend(
         PADDED=padded,
         PAGE=page_size,
         ROWS=max(BLOCK_ROWS, triton.next_power_of_2(fold)),
+        BLOCK=_BLOCK if padded <= 128 else _WIDE_BLOCK,
         SPLITS=splits,
         WINDOW=sliding_window is not None,
         CAP=softcap is not None,
@@ -86,6 +87,7 @@ def _attend(
     PADDED: tl.constexpr,
     PAGE: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
@@ -101,24 +103,21 @@ def _attend(
     is_part = is_real[:, None] & (dims < DIM)[None, :]
     q = tl.load(query + place[:, None] * DIM + dims[None, :], mask=is_part, other=0.0)
     num_keys = cached + offset + count
-    num_steps = (num_keys + _BLOCK - 1) // _BLOCK
+    num_steps = (num_keys + BLOCK - 1) // BLOCK
     share = (num_steps + SPLITS - 1) // SPLITS
     largest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, PADDED], tl.float32)
     own_position = tl.load(positions + at + own, mask=is_real, other=0)
     for step in range(split * share, tl.minimum((split + 1) * share, num_steps)):
-        key_place = step * _BLOCK + tl.arange(0, _BLOCK)
+        key_place = step * BLOCK + tl.arange(0, BLOCK)
         page = tl.load(pages + page_begin + key_place // PAGE, mask=key_place < num_keys, other=0).to(tl.int64)
         inner = key_place - cached  # place in the run
         lines = (page * KV + head) * PAGE + key_place % PAGE
         is_key = (key_place < num_keys)[:, None] & (dims < DIM)[None, :]
         k = tl.load(keys + lines[:, None] * DIM + dims[None, :], mask=is_key, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if CAP:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh
-        visible = _inside(mask, mask_begin, length, inner, own, is_real)
-        visible = visible & (key_place < num_keys)[None, :]
+        scores = _scores(q, k, scale, softcap, CAP)
+        visible = (key_place < num_keys)[None, :] & _inside(mask, mask_begin, length, inner, own, is_real)
         if WINDOW:
             visible = visible & _near(positions + at, length, key_place, inner, own_position, window)
         scores = tl.where(visible, scores, -1e30)
@@ -135,8 +134,23 @@ def _attend(
     else:
         place += split.to(tl.int64) * num_rows * HEADS
         tl.store(parts + place[:, None] * DIM + dims[None, :], mixed, mask=is_part)
-        tl.store(sums + place * 2, largest, mask=is_real)
-        tl.store(sums + place * 2 + 1, total, mask=is_real)
+        _save_sums(sums + place * 2, largest, total, is_real)
+
+
+@triton.jit
+def _scores(q, k, scale, softcap, CAP: tl.constexpr):
+    """[ROWS, keys] products of queries and keys."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)  # tanh
+    return scores
+
+
+@triton.jit
+def _save_sums(sums, largest, total, is_real):
+    """What `_join` needs of a part of the keys, [ROWS] each."""
+    tl.store(sums, largest, mask=is_real)
+    tl.store(sums + 1, total, mask=is_real)
 
 
 @triton.jit

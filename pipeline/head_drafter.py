@@ -93,12 +93,16 @@ class HeadDrafter:
         root_logprobs: torch.Tensor | None = None
 
         def launch(level: int) -> Callable[[], None]:
-            nonlocal root_logprobs
             logits, top = self._level(views, forest, places)
-            if level == 0 and pace.reads_root:
-                whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
-                root_logprobs = logprobs_at_roots(whole, forest.views, len(views))
-            return lambda: grow(forest, views, logits, options, self._head.token_ids, top)
+
+            def finish() -> None:
+                nonlocal root_logprobs
+                if level == 0 and pace.reads_root:
+                    whole = over_vocabulary(logits, self._head.token_ids, self._head.config.vocab_size)
+                    root_logprobs = logprobs_at_roots(whole, forest.views, len(views))
+                grow(forest, views, logits, options, self._head.token_ids, top)
+
+            return finish
 
         grow_levels(forest, pace, launch, self._clock, prepare=self._entries.write)
         if self.observer is not None:

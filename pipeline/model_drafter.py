@@ -64,18 +64,22 @@ class ModelDrafter:
         seen: list[int] = []
 
         def launch(level: int) -> Callable[[], None]:
-            nonlocal root_logprobs
             working = zip(forest.views.tolist(), np.diff(forest.begins).tolist(), strict=True)
             runs = [self._run(views[index], forest, index, num_new) for index, num_new in working]
             forward = self._model.forward(Runs.of(runs, self._pool.page_size))
-            logits = forward.logits.float()
-            if level == 0:
-                seen.extend(forest.views.tolist())
-                if (np.diff(forward.begin) < 0).any():  # long chains of known tokens come behind short ones
-                    logits = logits[torch.from_numpy(forward.begin).to(logits.device)]
-                if pace.reads_root:
-                    root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
-            return lambda: grow(forest, views, logits, options)
+
+            def finish() -> None:
+                nonlocal root_logprobs
+                logits = forward.logits.float()
+                if level == 0:
+                    seen.extend(forest.views.tolist())
+                    if (np.diff(forward.begin) < 0).any():  # long chains of known tokens come behind short ones
+                        logits = logits[torch.from_numpy(forward.begin).to(logits.device)]
+                    if pace.reads_root:
+                        root_logprobs = logprobs_at_roots(logits, forest.views, len(views))
+                grow(forest, views, logits, options)
+
+            return finish
 
         grow_levels(forest, pace, launch, num_behind=num_behind)
         for index in seen:

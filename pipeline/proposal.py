@@ -118,7 +118,8 @@ class Retriever(Protocol):
         ...
 
     def send(self, views: Sequence[SlotView]) -> None:
-        """Starts what takes time, so that it goes on while the drafter works; `lookup` with the same views follows."""
+        """Starts what takes time, so that it goes on while the drafter works, before its first level or while a device
+        computes that; `lookup` with the same views follows."""
         ...
 
     def lookup(self, views: Sequence[SlotView]) -> Sequence[TokenTree]:

@@ -40,7 +40,8 @@ class TokenTree:
     @property
     def sources(self) -> np.ndarray:
         """[N] int8 index into `SOURCES`: the source that is surest of the node, the first of equals."""
-        return surest_sources(self.evidence)
+        surest: np.ndarray = self.evidence.argmax(axis=1).astype(np.int8)
+        return surest
 
     @staticmethod
     def proposed(
@@ -70,12 +71,6 @@ class TokenTree:
             np.full(len(tokens), SOURCES.index(source), np.int8),
             np.zeros(len(tokens), np.int16),
         )
-
-
-def surest_sources(evidence: np.ndarray) -> np.ndarray:
-    """[N] int8 index into `SOURCES` of who is surest of each node, the first of equals; evidence as of a tree."""
-    surest: np.ndarray = evidence.argmax(axis=1).astype(np.int8)
-    return surest
 
 
 EMPTY_TREE = TokenTree.of((), (), SOURCES[0])

@@ -35,7 +35,8 @@ class Outcome:
     def taken(self, order: Sequence[int]) -> "Outcome":
         """The same of other trees: each one's number among these, or -1 if it was not verified."""
         if list(order) == list(range(len(order))):
-            return Outcome(self.choices, self.begins[: len(order) + 1])
+            begins = self.begins[: len(order) + 1]
+            return Outcome(self.choices[: begins[-1]], begins)
         none = self.choices[:0]
         return Outcome.of([self.choices[self.begins[i] : self.begins[i + 1]] if i >= 0 else none for i in order])
 

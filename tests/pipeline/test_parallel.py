@@ -135,8 +135,19 @@ class Counting:
         return {"corpus": found_for(self._num_contexts)}
 
 
+class Listening(SearchRetriever):
+    """Says when it is told of new output."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__([Counting(events)], AcceptanceTable(), VOCABULARY)
+        self._events = events
+
+    def extend(self, slot: int, tokens: np.ndarray) -> None:
+        self._events.append("extend")
+
+
 @pytest.mark.parametrize("is_beside", [True, False])
-def test_a_search_of_this_process_is_made_while_a_device_computes_the_first_level(
+def test_searches_and_notes_are_made_while_a_device_computes_the_first_level(
     is_beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -147,7 +158,7 @@ def test_a_search_of_this_process_is_made_while_a_device_computes_the_first_leve
         return original(*arguments)
 
     monkeypatch.setattr(HeadPasses, "run", run)
-    retriever = SearchRetriever([Counting(events)], AcceptanceTable(), VOCABULARY)
+    retriever = Listening(events)
     rule = Calibrated(Economy(StepTimes((1, 64), (0.05, 0.051)), OPTIONS.depth))
     engine = engine_with("llama", head_for("llama"), 2, OPTIONS, retrievers=(retriever,), rule=rule)
     engine.works_beside = is_beside
@@ -156,4 +167,4 @@ def test_a_search_of_this_process_is_made_while_a_device_computes_the_first_leve
     expected = [generate(tiny_model("llama"), prompt, NEW_TOKENS) for prompt in prompts]
     assert_equal("llama", requests_for(prompts, GREEDY), expected, done)
     assert events.count("search") > 5
-    assert events[:2] == (["level", "search"] if is_beside else ["search", "level"])
+    assert events[:3] == (["level", "extend", "search"] if is_beside else ["extend", "search", "level"])

@@ -3,8 +3,17 @@
 import numpy as np
 import pytest
 
+from pipeline.acceptance import AcceptanceTable
 from pipeline.budget import StepTimes
+from pipeline.context import ContextRetriever
+from pipeline.economy import Economy
+from pipeline.engine import Engine, EngineConfig
+from pipeline.methods import Proposers
+from pipeline.proposal import NullDrafter
+from pipeline.request import Request, SamplingParams
 from pipeline.resting import Resting
+from pipeline.rules import Calibrated
+from tests.pipeline.toys import ToyDecoder, ToyTarget
 
 CHEAP = StepTimes((1, 64, 128), (0.04, 0.05, 0.06))  # rows cost little beside the pass
 DEAR = StepTimes((1, 64, 128), (0.04, 0.08, 0.12))  # twice the rows, half as long again
@@ -104,3 +113,43 @@ def test_numbers_of_slots_are_judged_apart(other: int) -> None:
     run(resting, 1000, speculation=0.9, rest=0.99)
     assert np.mean(run(resting, 100, speculation=0.9, rest=0.99, num_slots=60)) > 0.7  # about as many
     assert not any(run(resting, 100, speculation=1.5, rest=0.99, num_slots=other))
+
+
+class Alternating(Resting):
+    """Rests every other round, and keeps what it is told by kind of round."""
+
+    def __init__(self) -> None:
+        super().__init__(CHEAP)
+        self.num_rounds = 0
+        self.slots: list[int] = []
+        self.tokens: dict[bool, list[float]] = {False: [], True: []}
+
+    @property
+    def is_resting(self) -> bool:
+        return self.num_rounds % 2 == 0
+
+    def begin_round(self, num_slots: int) -> bool:
+        self.num_rounds += 1
+        self.slots.append(num_slots)
+        return self.is_resting
+
+    def observe(self, tokens: float, plain_tokens: float) -> None:
+        self.tokens[self.is_resting].append(tokens)
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
+@pytest.mark.parametrize(("num_pages", "most"), [(40, 4), (8, 2)])
+def test_a_round_is_booked_on_its_own_kind(is_beside: bool, num_pages: int, most: int) -> None:
+    """Whenever that is done; and no request counts that memory keeps waiting."""
+    toy, acceptance, economy = ToyTarget(num_pages, 16, vocabulary=3), AcceptanceTable(), Economy(CHEAP, 3)
+    resting = economy.resting = Alternating()
+    proposers = Proposers(NullDrafter(), (ContextRetriever(acceptance),), Calibrated(economy))
+    config = EngineConfig(num_slots=4, budget=None, prefill_chunk=64, max_context=128)
+    times = StepTimes((1, 64), (0.05, 0.0501))
+    engine = Engine(toy, ToyDecoder(), [], proposers, acceptance, config, times)  # type: ignore[arg-type]
+    engine.works_beside = is_beside
+    requests = [Request(i, (1, 2, i % 3), SamplingParams(max_new_tokens=60)) for i in range(6)]
+    assert all(len(done.token_ids) == 60 for done in engine.generate(requests))
+    assert set(resting.tokens[True]) <= set(range(5)), "a slot at rest emits one token a round"
+    assert np.mean(resting.tokens[False]) > 1.5 * np.mean(resting.tokens[True])
+    assert np.median(resting.slots) <= most

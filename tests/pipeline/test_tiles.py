@@ -82,14 +82,26 @@ def test_plain_tiles_equal_sdpa(
 def test_the_kernel_equals_sdpa(
     runs: list[Run], shape: tuple[int, int], window: int | None, softcap: float | None, seed: int
 ) -> None:
+    assert_kernel_exact(runs, (*shape, 16), window, softcap, seed)
+
+
+@settings(deadline=None, max_examples=4)
+@given(rows(), st.sampled_from([None, 7]), st.integers(0, 1 << 20))
+def test_the_kernel_equals_sdpa_with_wide_heads(runs: list[Run], window: int | None, seed: int) -> None:
+    assert_kernel_exact(runs, (4, 2, 160), window, None, seed)
+
+
+def assert_kernel_exact(
+    runs: list[Run], shape: tuple[int, int, int], window: int | None, softcap: float | None, seed: int
+) -> None:
     pytest.importorskip("triton")
     from pipeline.gpu_attention import attend
 
-    row, cache, query = packed(runs, *shape, 16, seed)
+    row, cache, query = packed(runs, *shape, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter wants the latter
     work = tiles_on(row.arrays, rows_per_tile(shape[0] // shape[1]), device)
     tensors = (tensor.to(device) for tensor in (query, cache.keys[0], cache.values[0]))
-    got = attend(*tensors, work, scale=0.25, sliding_window=window, softcap=softcap).cpu()
+    got = attend(*tensors, work, scale=shape[2] ** -0.5, sliding_window=window, softcap=softcap).cpu()
     torch.testing.assert_close(got, expected(row, cache, query, window, softcap), atol=2e-5, rtol=1e-4)
 
 
