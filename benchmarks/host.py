@@ -132,7 +132,7 @@ def main() -> None:
     for _ in range(options.repeats):
         for point in product(options.methods, options.slots):
             found = host_times(recording, *point, searcher)
-            if point not in best or found["us"]["all"] < best[point]["us"]["all"]:
+            if point not in best or found["us"].get("all", 0) < best[point]["us"].get("all", 0):
                 best[point] = found
     measured = [{"method": name, "slots": slots, **found} for (name, slots), found in best.items()]
     report({"rows": len(recording.prompts), "repeats": options.repeats, "measured": measured}, options.output)

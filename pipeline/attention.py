@@ -100,9 +100,14 @@ def _gpu_kernel(device_type: str) -> Callable[..., torch.Tensor] | None:
     if device_type != "cuda" or not has_compiler():
         return None
     try:
+        from triton.errors import TritonError
+
         from pipeline.gpu_attention import attend
 
-        attend(*_probe(torch.device("cuda")), scale=1.0)
+        try:
+            attend(*_probe(torch.device("cuda")), scale=1.0)
+        except TritonError as error:
+            raise RuntimeError(error) from error
     except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         # No Triton, no headers, or a card that it does not know: slower, but it works.
         log.warning("attention goes without its GPU kernel and will be slower: %s", error)

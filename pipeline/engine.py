@@ -179,8 +179,9 @@ class Engine:
     def _round(self) -> list[Generation]:
         begin, num_captures = self._clock(), Graphs.num_captures
         if self._observation is not None:
-            self._observation()  # before this round is of a kind of its own
-        self._observation = None
+            with self.phases("commit"):
+                self._observation()  # before this round is of a kind of its own
+            self._observation = None
         if not self.works_beside:
             self._settle()
         decoding = self._scheduler.decoding()

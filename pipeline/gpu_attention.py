@@ -16,7 +16,8 @@ from pipeline.tiles import BLOCK_ROWS, NUM_COLUMNS, Tiles
 
 _PROGRAMS = 264  # enough to fill a large card; with fewer tiles keys are split
 _MOST_SPLITS = 16
-_BLOCK, _WIDE_BLOCK = 64, 32  # keys of a step; of heads beyond 128 dimensions, whose keys would not fit a small card
+_BLOCKS = (64, 32, 16)  # keys of a step: the most of these that take no more than
+_BLOCK_BYTES = 1 << 14  # so that steps under way fit the shared memory of small cards
 _COLUMNS = tl.constexpr(NUM_COLUMNS)
 
 
@@ -42,7 +43,7 @@ def attend(
     parts = torch.zeros((splits, num_rows, num_heads, head_dim), dtype=torch.float32, device=query.device)
     sums = torch.zeros((splits, num_rows, num_heads, 2), dtype=torch.float32, device=query.device)
     fold = num_heads // num_kv
-    padded = triton.next_power_of_2(max(head_dim, 16))
+    padded, keys_size = triton.next_power_of_2(max(head_dim, 16)), keys.element_size()
     _attend[(num_tiles, num_kv, splits)](
         *(query, keys, values, out, parts, sums, work.tiles, work.pages, work.mask, work.positions),
         *(scale, sliding_window or 0, softcap or 1.0, num_rows),
@@ -53,7 +54,7 @@ def attend(
         PADDED=padded,
         PAGE=page_size,
         ROWS=max(BLOCK_ROWS, triton.next_power_of_2(fold)),
-        BLOCK=_BLOCK if padded <= 128 else _WIDE_BLOCK,
+        BLOCK=next((keys for keys in _BLOCKS if keys * padded * keys_size <= _BLOCK_BYTES), _BLOCKS[-1]),
         SPLITS=splits,
         WINDOW=sliding_window is not None,
         CAP=softcap is not None,

@@ -78,7 +78,7 @@ class Scheduler:
         self._waiting: deque[Slot] = deque()
         self._active: list[Slot] = []  # by admission order, oldest first
         self._admitted = 0
-        self._is_short = False  # of pages for the next request, when last one was to come in
+        self._most = num_slots  # requests for which there were pages when last one was to come in
         self._copies: dict[int, tuple[int, int, int]] = {}  # slot number -> copy to make before the next forward pass
 
     @property
@@ -93,7 +93,8 @@ class Scheduler:
     @property
     def num_under_way(self) -> int:
         """Requests in slots once `admit` has let in as many as it can, as far as that is known."""
-        return len(self._active) + (0 if self._is_short else min(len(self._waiting), len(self._free)))
+        others = min(len(self._waiting), len(self._free), max(self._most - len(self._active), 0))
+        return len(self._active) + others
 
     def submit(self, slot: Slot) -> None:
         """Queues a new request."""
@@ -101,7 +102,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Moves waiting requests into free slots while their known tokens find pages."""
-        self._is_short = False
+        self._most = self.num_slots
         while self._waiting and self._free:
             slot = self._waiting[0]
             slot.cached = self.pool.share(slot.pages, slot.known, 0)  # copies wait until the slot is sure
@@ -110,7 +111,7 @@ class Scheduler:
             promised = sum(max(0, pages) for pages in missing)
             if self._active and needed + promised > self.pool.num_idle:
                 self._evict_pages(slot)
-                self._is_short = True
+                self._most = len(self._active)
                 return
             self._waiting.popleft()
             slot.number = self._free.pop()
@@ -238,6 +239,7 @@ class Scheduler:
             self._requeue(slot)
         self.forget()  # what the failed round published may never have been written
         self.num_slots = max(self.num_slots // 2, 1)
+        self._most = self.num_slots
         self._prefill_chunk = max(self._prefill_chunk // 2, min(self._prefill_chunk, MIN_CHUNK))
         self._free = list(range(self.num_slots))[::-1]
         return True

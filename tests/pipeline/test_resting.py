@@ -144,7 +144,7 @@ def test_a_round_is_booked_on_its_own_kind(is_beside: bool, num_pages: int, most
     toy, acceptance, economy = ToyTarget(num_pages, 16, vocabulary=3), AcceptanceTable(), Economy(CHEAP, 3)
     resting = economy.resting = Alternating()
     proposers = Proposers(NullDrafter(), (ContextRetriever(acceptance),), Calibrated(economy))
-    config = EngineConfig(num_slots=4, budget=None, prefill_chunk=64, max_context=128)
+    config = EngineConfig(num_slots=4, budget=8, prefill_chunk=64, max_context=128)
     times = StepTimes((1, 64), (0.05, 0.0501))
     engine = Engine(toy, ToyDecoder(), [], proposers, acceptance, config, times)  # type: ignore[arg-type]
     engine.works_beside = is_beside
