@@ -97,7 +97,7 @@ def _runs(slots: int, nodes: int, context: int, vocabulary: int, first_page: int
     for slot in range(slots):
         parents = [int(draws.integers(-1, i)) if i else -1 for i in range(nodes)]
         tree = TokenTree.of(draws.integers(0, vocabulary, nodes).tolist(), parents, "draft")
-        held = PageRun.of([first_page + slot * pages + page for page in range(pages)])
+        held = PageRun.of(first_page + slot * pages + page for page in range(pages))
         runs.append(Run(draws.integers(0, vocabulary, 1).astype(np.int32), tree, context, held, True))
     return runs
 
@@ -116,14 +116,15 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
     model = random_model("tiny", torch.device("cpu"), torch.float32)
     runs = [*_runs(3, 13, context, 512), *_runs(2, 0, context, 512, 40)]
     chunk = 45
-    held = PageRun.of(list(range(100, 100 + -(-(context + chunk) // _PAGE))))
+    held = PageRun.of(range(100, 100 + -(-(context + chunk) // _PAGE)))
     runs.append(Run(np.arange(chunk, dtype=np.int32), TokenTree.of([], [], "draft"), context, held, True))
     expected = Target(model, 128, _PAGE, is_static=False)
     torch.manual_seed(1)
     for pool in (*expected.cache.keys, *expected.cache.values):
         pool.normal_()
     caches = [pool.clone() for pool in (*expected.cache.keys, *expected.cache.values)]
-    want = expected.forward(Runs.of(runs, _PAGE)).logits
+    columns = Runs.of(runs, _PAGE)
+    want = expected.forward(columns).logits
     found: dict[str, Any] = {"context": context, "spread": round(float(want.std()), 4)}
     model.to(device)  # type: ignore[arg-type]
     for kind in ("eager", "graph"):
@@ -131,7 +132,7 @@ def _differences(device: torch.device, context: int) -> dict[str, Any]:
         for pool, content in zip((*target.cache.keys, *target.cache.values), caches, strict=True):
             pool.copy_(content)
         for _ in range(2):
-            found[kind] = float((target.forward(Runs.of(runs, _PAGE)).logits.cpu() - want).abs().max())
+            found[kind] = float((target.forward(columns).logits.cpu() - want).abs().max())
     return found
 
 
@@ -227,7 +228,7 @@ def _drafts(model: LlamaForCausalLM, device: torch.device, slots: Sequence[int],
             views = []
             for slot in range(num_slots):
                 tokens = np.random.default_rng(slot).integers(0, config.vocab_size, context + 1).astype(np.int32)
-                held = PageRun.of(list(range(slot * pages, (slot + 1) * pages)))
+                held = PageRun.of(range(slot * pages, (slot + 1) * pages))
                 views.append(SlotView(slot, tokens, 8, pages=held))
                 states = torch.randn(context, 3 * config.hidden_size, device=device, dtype=embedding.dtype)
                 places = np.arange(context)

@@ -171,7 +171,7 @@ def measure_step_times(target: Target, num_slots: int) -> StepTimes:
     for rows in timed:
         runs, first = [], 0
         for own in _spread(rows, num_slots):
-            pages = PageRun.of(list(range(first, first + _pages_of(own))))
+            pages = PageRun.of(range(first, first + _pages_of(own)))
             first += _pages_of(own)
             tree = TokenTree.of(range(1, own), [-1] * (own - 1), "draft")  # every row with logits, as in verification
             runs.append(Run(np.zeros(1, np.int32), tree, 0, pages, True))

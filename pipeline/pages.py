@@ -68,8 +68,6 @@ class PagePool:
 
     def grow(self, run: PageRun, num_tokens: int) -> bool:
         """Gives `run` room for `num_tokens` tokens in all; False, and no change, if the pool has too few idle pages."""
-        if num_tokens <= len(run.pages) * self.page_size:
-            return True
         missing = self.pages_for(num_tokens) - len(run.pages)
         if missing > len(self._idle):
             return False

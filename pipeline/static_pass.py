@@ -54,19 +54,15 @@ class StaticPasses:
         self._graphs: Graphs[Size, Outputs] = Graphs(self._pass, model.device)
 
     def run(self, runs: Runs) -> Outputs | None:
-        """Logits [M, V], and states [C, 3 H] if they are read, of these runs; valid until the next pass.
+        """Logits, and states if they are read, of these runs and of padding behind them; valid until the next pass.
 
         None if there is no room for them, or if the model's code cannot be captured.
         """
         size = self._row.put(runs, self._cache.page_size)
         outputs = None if size is None else self._graphs(size)
         self._row.was_used()
-        if outputs is None:
-            return None
-        logits, states = outputs
-        assert (states is None) == (self._tap() is None)
-        num_logits, num_computed = int(runs.num_logits.sum()), int(runs.num_computed.sum())
-        return logits[:num_logits], None if states is None else states[:num_computed]
+        assert outputs is None or (outputs[1] is None) == (self._tap() is None)
+        return outputs
 
     def reset(self) -> None:
         """What is read of the model has changed."""

@@ -96,8 +96,10 @@ class Target:
         """One forward pass over all runs. Their keys and values are in the cache afterwards, accepted or not."""
         self._tell(Pass(runs))
         ordered, order, num_short = short_first(runs)
+        num_logits, num_computed = ordered.num_logits, ordered.num_computed
         logits, states = self._run(ordered, num_short)
-        begins = _begins(ordered.num_logits), _begins(ordered.num_computed)
+        logits, states = logits[: num_logits.sum()], None if states is None else states[: num_computed.sum()]
+        begins = _begins(num_logits), _begins(num_computed)
         if order is not None:
             for each in begins:
                 each[order] = each.copy()
@@ -113,7 +115,7 @@ class Target:
             self._ranks.tell(order)
 
     def _run(self, runs: Runs, num_short: int) -> Outputs:
-        """Logits, and states if they are read, of runs in order."""
+        """Logits, and states if they are read, of runs in order; there may be padding behind them."""
         if self._passes is not None:
             outputs = self._passes.run(runs)
             if outputs is not None:

@@ -28,7 +28,7 @@ def rows(draw: st.DrawFn) -> list[Run]:
         cached = draw(st.integers(0, 50))
         done = draw(st.integers(0, len(tree))) if len(tree) else 0
         count = -(-(cached + known + len(tree)) // PAGE)
-        pages = PageRun.of(list(range(first, first + count)))
+        pages = PageRun.of(range(first, first + count))
         first += count
         runs.append(Run(np.ones(known, np.int32), tree, cached, pages, True, done))
     return runs
